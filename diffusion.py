@@ -1,0 +1,320 @@
+r"""The diffusion process of §2: the schedule, Eqs. (1)-(7), the variational bound, DDPM [7] and DDIM [18] sampling.
+
+report            here                      shape and range
+x_0               x0                        (B, C, H, W) float, in [-1, 1]
+x_t               xt                        like x0
+t                 t                         int, or (B,) int64: 1..T; t = 0 means "the clean image"
+beta, alpha, abar s.beta, s.alpha, s.abar   (T+1,) float64; entry t is the report's subscript t; abar_0 = 1
+eps               eps                       like x0, N(0, I)
+y                 y                         what a mask is conditioned on (§4), or None
+eps_theta         eps_model(xt, t, y)       like x0; any callable, t as (B,) int64 on xt's device
+
+This file knows no network, no data and no device: an exact solution and a trained U-Net are called alike.
+Numbers in brackets are the report's references.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+# ------------------------------------------------------------------------------------- schedule: §3.2, Eq. (3)
+
+
+class Schedule(NamedTuple):
+    """beta_t, alpha_t and abar_t for t = 0..T, float64, on the CPU. Entry 0 is the clean image: beta_0 = 0, abar_0 = 1."""
+
+    beta: torch.Tensor
+    alpha: torch.Tensor
+    abar: torch.Tensor
+
+    @property
+    def T(self):
+        return len(self.beta) - 1
+
+
+def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
+    r"""The linear noise schedule of §3.2, with Eq. (3):   alpha_t = 1 - beta_t,   abar_t = prod_{s<=t} alpha_s.
+
+    T       int >= 1   number of diffusion steps
+    beta_1, beta_T     in (0, 1), the first and the last variance; the report's "beta_0" is beta_1 here
+
+    float64 on purpose: in float32 the variance 1 - abar_1 of Eq. (2) is already wrong by 2e-4.
+    """
+    if T < 1 or not (0 < beta_1 < 1 and 0 < beta_T < 1):
+        raise ValueError(f"a schedule needs T >= 1 and 0 < beta < 1, got T = {T}, beta_1 = {beta_1}, beta_T = {beta_T}")
+    beta = torch.cat([torch.zeros(1), torch.linspace(beta_1, beta_T, T, dtype=torch.float64)])
+    return Schedule(beta, 1 - beta, torch.cumprod(1 - beta, 0))
+
+
+def at(v, t, x):
+    """v[t] for each image of the batch, ready to multiply x: (B, 1, 1, 1), or (1, 1, 1, 1) for an int t.
+
+    v is computed in float64 and cast to x's dtype here, at the last moment.
+    """
+    t = torch.as_tensor(t, device=v.device)
+    return v[t].to(x.device, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+# ------------------------------------------------------------------------------------- forward process: Eqs. (1)-(4)
+
+
+def q_step(s, x_prev, t, eps):
+    r"""x_t ~ q(x_t | x_{t-1}), Eq. (1):   x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps."""
+    return at((1 - s.beta).sqrt(), t, x_prev) * x_prev + at(s.beta.sqrt(), t, x_prev) * eps
+
+
+def q_sample(s, x0, t, eps):
+    r"""x_t ~ q(x_t | x_0) in one jump, Eqs. (2)-(3):   x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps.
+
+    The report's Eq. (2) prints alpha_t where abar_t is meant; test_eq2_is_t_steps_of_eq1 shows it.
+    """
+    return at(s.abar.sqrt(), t, x0) * x0 + at((1 - s.abar).sqrt(), t, x0) * eps
+
+
+def q_posterior(s, x0, xt, t):
+    r"""Mean and variance of q(x_{t-1} | x_t, x_0), Eq. (4): Bayes' rule on Eqs. (1) and (2).
+
+        mu~    = sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0  +  sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t
+        beta~  = (1 - abar_{t-1}) / (1 - abar_t) beta_t
+
+    t in 1..T. At t = 1 the posterior is x_0 itself, with variance 0. Returns (mean like x0, variance (B, 1, 1, 1)).
+    """
+    abar_prev = s.abar.roll(1)  # entry t is abar_{t-1}; entry 0 is never asked for
+    from_x0 = abar_prev.sqrt() * s.beta / (1 - s.abar)
+    from_xt = s.alpha.sqrt() * (1 - abar_prev) / (1 - s.abar)
+    mean = at(from_x0, t, x0) * x0 + at(from_xt, t, x0) * xt
+    return mean, at((1 - abar_prev) / (1 - s.abar) * s.beta, t, x0)
+
+
+# ------------------------------------------------------------------------------------- x_0, eps and v: three names of one unknown
+
+
+def predict_x0(s, xt, t, eps):
+    r"""Eq. (2) solved for x_0:   x_0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)."""
+    return (xt - at((1 - s.abar).sqrt(), t, xt) * eps) / at(s.abar.sqrt(), t, xt)
+
+
+def predict_eps(s, xt, t, x0):
+    r"""Eq. (2) solved for eps:   eps = (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t)."""
+    return (xt - at(s.abar.sqrt(), t, xt) * x0) / at((1 - s.abar).sqrt(), t, xt)
+
+
+TARGETS = ("eps", "v", "x0")
+
+
+def target_of(s, target, x0, t, eps):
+    r"""What a network of this target should answer at x_t: eps (Eq. 7), x0, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0."""
+    if target == "v":
+        return at(s.abar.sqrt(), t, x0) * eps - at((1 - s.abar).sqrt(), t, x0) * x0
+    return {"eps": eps, "x0": x0}[target]
+
+
+def eps_of(s, target, answer, xt, t):
+    r"""The inverse of target_of, given x_t: a network's answer as eps, so that everything else knows only eps.
+
+    From v and Eq. (2):   eps = sqrt(abar_t) v + sqrt(1 - abar_t) x_t.
+    """
+    if target == "v":
+        return at(s.abar.sqrt(), t, xt) * answer + at((1 - s.abar).sqrt(), t, xt) * xt
+    return {"eps": lambda: answer, "x0": lambda: predict_eps(s, xt, t, answer)}[target]()
+
+
+# ------------------------------------------------------------------------------------- reverse process and losses: Eqs. (5)-(7)
+
+VARIANCES = ("beta", "beta~")
+
+
+def p_step(s, xt, t, eps, variance="beta", clip=False):
+    r"""Mean and variance of p_theta(x_{t-1} | x_t), Eq. (5), with mu_theta written through the noise predictor as in [7].
+
+        mu_theta = mu~(x_t, x0_hat)  with  x0_hat = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)
+                 = (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t)           (the same, without clipping)
+
+    eps       eps_theta(x_t, t), already evaluated
+    variance  "beta": sigma_t^2 = beta_t (§2; the report prints sigma_t = beta_t), or "beta~": that of Eq. (4)
+    clip      clamp x0_hat to [-1, 1] first
+
+    Returns (mean like xt, variance (B, 1, 1, 1)).
+    """
+    if variance not in VARIANCES:
+        raise ValueError(f"variance must be one of {VARIANCES}, got {variance!r}")
+    x0_hat = predict_x0(s, xt, t, eps)
+    mean, beta_tilde = q_posterior(s, x0_hat.clamp(-1, 1) if clip else x0_hat, xt, t)
+    return mean, beta_tilde if variance == "beta~" else at(s.beta, t, xt)
+
+
+def l_weighted(s, eps_model, x0, t, eps, y=None, variance="beta"):
+    r"""The weighted loss of Eq. (6), one number an image, in nats.
+
+        beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t)) || eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t) ||^2
+
+    t (B,) int64 in 1..T; with variance "beta~" in 2..T, because beta~_1 = 0. The norm is the sum over pixels.
+    It is the part of L_{t-1} in vlb_terms that depends on the network. Returns (B,).
+    """
+    beta_tilde = (1 - s.abar.roll(1)) / (1 - s.abar) * s.beta
+    sigma2 = {"beta": s.beta, "beta~": beta_tilde}[variance]
+    weight = s.beta**2 / (2 * sigma2 * s.alpha * (1 - s.abar))
+    xt = q_sample(s, x0, t, eps)
+    error = (eps - eps_model(xt, t.to(xt.device), y)).flatten(1)
+    return at(weight, t, error)[:, 0] * error.square().sum(1)
+
+
+def l_simple(s, model, x0, y=None, t=None, eps=None, target="eps"):
+    r"""L_simple, Eq. (7):   E_{x_0, eps, t} || eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t) ||^2.
+
+    t (B,) and eps (like x0) default to fresh draws, t uniform on 1..T. The norm is averaged over pixels (MSE), as in
+    the code of [7]: the scale differs from Eq. (7) by C*H*W, the minimiser does not. A model that answers 0 scores 1.
+    target "v" or "x0" asks the model for those instead of eps (target_of): another weight on each t, the same optimum.
+    """
+    t = torch.randint(1, s.T + 1, (len(x0),)) if t is None else t
+    eps = torch.randn_like(x0) if eps is None else eps
+    xt = q_sample(s, x0, t, eps)
+    answer = model(xt, t.to(xt.device), y).to(x0.dtype)
+    return (target_of(s, target, x0, t, eps) - answer).square().mean()
+
+
+@torch.no_grad()
+def vlb_terms(s, eps_model, x0, noise, y=None, variance="beta"):
+    r"""The variational bound on -log p(x_0) that §2 speaks of, term by term, in bits per dimension ([7], Eq. 5).
+
+        L_0     = -log p_theta(x_0 | x_1)                           the decoder: 8-bit levels, p_theta integrated over each
+        L_{t-1} = KL( q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t) ),  t = 2..T
+        L_T     = KL( q(x_T | x_0) || N(0, I) )                      the prior: no parameters in it
+
+    x0     (B, C, H, W), 8-bit levels as k / 127.5 - 1
+    noise  callable, noise() -> like x0, a fresh draw for every t
+
+    Returns L (T+1, B): entry k is L_k, and L.sum(0) is the bound. T evaluations of the model. At t = 1, where beta~_1 = 0,
+    the decoder with variance "beta~" takes beta~_2, as [10] does.
+    """
+    L = x0.new_zeros(s.T + 1, len(x0))
+    for t in range(1, s.T + 1):
+        xt = q_sample(s, x0, t, noise())
+        eps = eps_model(xt, torch.full((len(x0),), t, device=x0.device), y)
+        mean, var = p_step(s, xt, t, eps, variance)
+        if t == 1:
+            var = q_posterior(s, x0, xt, min(2, s.T))[1] if variance == "beta~" else var
+            nats = -discretised_log_likelihood(x0, mean, var.sqrt())
+        else:
+            nats = gaussian_kl(*q_posterior(s, x0, xt, t), mean, var)
+        L[t - 1] = nats.flatten(1).mean(1)
+    prior = gaussian_kl(at(s.abar.sqrt(), s.T, x0) * x0, at(1 - s.abar, s.T, x0), torch.zeros_like(x0), torch.ones_like(x0))
+    L[s.T] = prior.flatten(1).mean(1)
+    return L / math.log(2)
+
+
+def gaussian_kl(mean_1, var_1, mean_2, var_2):
+    """KL( N(mean_1, var_1) || N(mean_2, var_2) ) pixel by pixel, in nats."""
+    return 0.5 * (torch.log(var_2 / var_1) + (var_1 + (mean_1 - mean_2).square()) / var_2 - 1)
+
+
+def discretised_log_likelihood(x0, mean, std):
+    """log of the mass that N(mean, std^2) gives to x0's 8-bit level (width 2/255; the outer two reach to infinity), in nats."""
+    cdf = torch.special.ndtr
+    upper = torch.where(x0 > 0.999, 1.0, cdf((x0 + 1 / 255 - mean) / std))
+    lower = torch.where(x0 < -0.999, 0.0, cdf((x0 - 1 / 255 - mean) / std))
+    return (upper - lower).clamp(min=1e-12).log()
+
+
+# ------------------------------------------------------------------------------------- sampling: DDPM [7], DDIM [18]
+
+
+class ImageNoise:
+    r"""Standard normal noise for a batch of images: the draws of image i come from (seed, i) alone.
+
+    The same image gets the same x_T and the same later noise whatever the batch size, the order and the device.
+    Philox is counter-based: its key is (seed, i), and each member of an ensemble starts in a stretch of its own.
+
+    seed     int >= 0
+    index    B ints >= 0, the number i of each image in its data set
+    shape    (C, H, W)
+    members  draw this many independent noises an image, image by image: the batch becomes B * members
+
+    noise() returns the next draw, (B * members, C, H, W) float32 on `device`. A sampler's first draw is x_T.
+    """
+
+    def __init__(self, seed, index, shape, members=1, device="cpu"):
+        stream = lambda i, k: np.random.Generator(np.random.Philox(key=[seed, i], counter=[0, 0, 0, k]))
+        self.streams = [stream(int(i), k) for i in index for k in range(members)]
+        self.shape, self.device = shape, device
+
+    def __call__(self):
+        draws = [stream.standard_normal(self.shape, dtype=np.float32) for stream in self.streams]
+        return torch.from_numpy(np.stack(draws)).to(self.device)
+
+
+@torch.no_grad()
+def ddpm_sample(s, eps_model, noise, y=None, variance="beta", clip=True, trajectory=False):
+    r"""Ancestral sampling of [7], "the classical approach" of §3.2: T passes,  x_{t-1} = mu_theta + sigma_t z, Eq. (5).
+
+    noise       callable, noise() -> (B, C, H, W); x_T first, then z for t = T..2. The last step adds none.
+    variance    sigma_t^2, see p_step
+    clip        clamp x0_hat to [-1, 1] at every step
+    trajectory  return all of x_T, ..., x_0 as (T+1, B, C, H, W) instead of x_0 (B, C, H, W)
+    """
+    xt = noise()
+    path = [xt]
+    for t in range(s.T, 0, -1):
+        eps = eps_model(xt, torch.full((len(xt),), t, device=xt.device), y)
+        mean, var = p_step(s, xt, t, eps, variance, clip)
+        xt = mean + var.sqrt() * noise() if t > 1 else mean
+        if trajectory:
+            path.append(xt)
+    return torch.stack(path) if trajectory else xt
+
+
+def ddim_timesteps(T, steps):
+    """The steps visited, T first and 0 last: (1000, 50) -> [1000, 980, ..., 20, 0], steps + 1 numbers."""
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must be between 1 and T = {T}, got {steps}")
+    return torch.linspace(T, 0, steps + 1, dtype=torch.float64).round().long().tolist()
+
+
+def ddim_step(s, xt, eps, t, t_prev, eta=0.0, noise=None):
+    r"""One DDIM update x_t -> x_{t_prev}, Eq. (12) of [18], used with 50 steps in §3.2.
+
+        x0_hat = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)                                  "predicted x_0"
+        sigma  = eta sqrt((1 - abar_prev) / (1 - abar_t)) sqrt(1 - abar_t / abar_prev)        Eq. (16) of [18]
+        x_prev = sqrt(abar_prev) x0_hat + sqrt(1 - abar_prev - sigma^2) eps + sigma noise
+
+    [18] writes alpha for what the report calls abar.
+
+    xt, eps  (B, C, H, W)  the image at step t, and eps_theta(x_t, t), already evaluated
+    t        int, 1..T     the step xt is at
+    t_prev   int, 0..t-1   the step to land on; 0 returns x0_hat itself, because abar_0 = 1
+    eta      0..1          0: a function of x_T alone. 1 and t_prev = t - 1: Eq. (4), the DDPM of sigma^2 = beta~
+    noise    like xt       needed only where eta > 0
+
+    Clipping x0_hat is the sampler's business, not this equation's.
+    """
+    abar, abar_prev = s.abar[t], s.abar[t_prev]
+    sigma = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
+    x0_hat = predict_x0(s, xt, t, eps)
+    x_prev = float(abar_prev.sqrt()) * x0_hat + float((1 - abar_prev - sigma**2).clamp(min=0).sqrt()) * eps
+    return x_prev if eta == 0 else x_prev + float(sigma) * noise
+
+
+@torch.no_grad()
+def ddim_sample(s, eps_model, noise, y=None, steps=50, eta=0.0, clip=True, trajectory=False):
+    r"""DDIM sampling [18] of §3.2: `steps` passes of the network, any number from 1 to T.
+
+    noise       callable, noise() -> (B, C, H, W): x_T, then fresh noise for every step where eta > 0
+    eta         0..1, see ddim_step
+    clip        clamp x0_hat to [-1, 1] at every step, and let eps follow it
+    trajectory  return x at every visited step, x_T first, as (steps+1, B, C, H, W) instead of x_0 (B, C, H, W)
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 and 1, got {eta}")
+    taus = ddim_timesteps(s.T, steps)
+    xt = noise()
+    path = [xt]
+    for t, t_prev in zip(taus[:-1], taus[1:]):  # (1000, 980), (980, 960), ..., (20, 0)
+        eps = eps_model(xt, torch.full((len(xt),), t, device=xt.device), y)
+        if clip:
+            eps = predict_eps(s, xt, t, predict_x0(s, xt, t, eps).clamp(-1, 1))
+        xt = ddim_step(s, xt, eps, t, t_prev, eta, noise() if eta > 0 else None)
+        if trajectory:
+            path.append(xt)
+    return torch.stack(path) if trajectory else xt

@@ -1,0 +1,127 @@
+r"""The eight numbers of Tables 1 and 2, from one confusion matrix (§4.3).
+
+A pixel is positive where the mask is above the threshold: 0.5 for masks in [0, 1] (§4.3), which is 0 for the [-1, 1]
+masks that the diffusion model samples. Counts of pixels add up over batches, devices and processes; every number is a
+function of the four sums, so that J = D / (2 - D) holds exactly (the report averaged its ratios over batches, which is
+why its tables miss this by up to 0.001). A ratio 0/0 is nan: no infected pixel, found or true, is neither a score of 0
+nor of 1. The one exception is of definition: MCC's 0/0 is nan here too, where scikit-learn returns 0.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+NAMES = (
+    "DICE index",
+    "Jaccard index",
+    "Accuracy",
+    "Sensitivity",
+    "Specificity",
+    "Balanced Accuracy",
+    "Precision",
+    "MCC",
+)
+
+
+class Counts(NamedTuple):
+    """Numbers of pixels: ints, or (B,) int64 arrays, one entry an image. c + d adds entry by entry; c.pooled() sums the images."""
+
+    TP: int
+    FP: int
+    FN: int
+    TN: int
+
+    def __add__(self, other):
+        return Counts(*(a + b for a, b in zip(self, other)))
+
+    def pooled(self):
+        return Counts(*(int(np.sum(n)) for n in self))
+
+
+def confusion(predicted, true, threshold=0.0):
+    """Counts of each image: four (B,) int64 arrays.
+
+    predicted, true  (B, ...) tensors or arrays of one shape, numbers or bool; a number is positive above `threshold`
+    """
+    predicted, true = as_bool(predicted, threshold), as_bool(true, threshold)
+    if predicted.shape != true.shape:
+        raise ValueError(f"a mask and its truth must have one shape, got {predicted.shape} and {true.shape}")
+    count = lambda hit: hit.reshape(len(hit), -1).sum(1, dtype=np.int64)
+    return Counts(
+        TP=count(predicted & true), FP=count(predicted & ~true), FN=count(~predicted & true), TN=count(~predicted & ~true)
+    )
+
+
+def as_bool(mask, threshold):
+    mask = np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask)
+    return mask if mask.dtype == bool else mask > threshold
+
+
+def scores(counts):
+    """The eight numbers of Tables 1 and 2 as a dict of float64, in the tables' order; arrays (B,) where the counts are.
+
+        DICE = 2 TP / (2 TP + FP + FN)     Jaccard = TP / (TP + FP + FN)     Accuracy = (TP + TN) / all
+        Sensitivity = TP / (TP + FN)       Specificity = TN / (TN + FP)      Balanced Accuracy = their mean
+        Precision = TP / (TP + FP)
+        MCC = (TP TN - FP FN) / sqrt((TP + FP)(TP + FN)(TN + FP)(TN + FN))
+    """
+    TP, FP, FN, TN = (np.asarray(n, dtype=np.float64) for n in counts)
+    sensitivity, specificity = ratio(TP, TP + FN), ratio(TN, TN + FP)
+    values = (
+        ratio(2 * TP, 2 * TP + FP + FN),
+        ratio(TP, TP + FP + FN),
+        ratio(TP + TN, TP + FP + FN + TN),
+        sensitivity,
+        specificity,
+        (sensitivity + specificity) / 2,
+        ratio(TP, TP + FP),
+        ratio(TP * TN - FP * FN, np.sqrt(TP + FP) * np.sqrt(TP + FN) * np.sqrt(TN + FP) * np.sqrt(TN + FN)),
+    )
+    return {name: value if value.ndim else float(value) for name, value in zip(NAMES, values)}
+
+
+def ratio(a, b):
+    """a / b, and nan where b is 0."""
+    return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=np.asarray(b) != 0)
+
+
+def per_image(counts):
+    """Mean and spread over the images: dict name -> (mean, standard deviation, number of images where it is defined).
+
+    The spread is the sample standard deviation (n - 1); nan where fewer than two images have a value.
+    """
+    summary = {}
+    for name, values in scores(counts).items():
+        defined = values[~np.isnan(values)]
+        mean = float(defined.mean()) if len(defined) else float("nan")
+        spread = float(defined.std(ddof=1)) if len(defined) > 1 else float("nan")
+        summary[name] = (mean, spread, len(defined))
+    return summary
+
+
+# ------------------------------------------------------------------------------------- synthesis: how far are two sets of X-rays?
+
+
+def image_features(images):
+    """128 plain numbers an image: mean and standard deviation of each cell of an 8x8 grid (layout, and texture).
+
+    images  (N, 1, H, W) in [-1, 1], H and W multiples of 8. Returns (N, 128) float64.
+    """
+    x = np.asarray(images.cpu() if hasattr(images, "cpu") else images, dtype=np.float64)
+    N, _, H, W = x.shape
+    cells = x.reshape(N, 8, H // 8, 8, W // 8).transpose(0, 1, 3, 2, 4).reshape(N, 64, -1)  # (N, cells, pixels of a cell)
+    return np.concatenate([cells.mean(2), cells.std(2)], 1)
+
+
+def frechet_distance(a, b):
+    """Distance between the Gaussians fitted to two sets of features, (N, D) and (M, D): 0 when mean and covariance agree.
+
+        |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
+
+    The formula of the Fréchet Inception Distance, on whatever features are given: comparable within one set of features only.
+    """
+    C_a, C_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = np.linalg.eigh(C_a)
+    root_a = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    root_trace = np.sqrt(np.linalg.eigvalsh(root_a @ C_b @ root_a).clip(0)).sum()  # tr (C_a C_b)^(1/2)
+    return float(np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(C_a) + np.trace(C_b) - 2 * root_trace)

@@ -1,0 +1,101 @@
+r"""The plots of train.py, sample.py and the notebooks; the only file that knows matplotlib.
+
+Images and masks are uint8: images (N, 1, H, W) 0..255, masks 0 or 255. Masks are drawn as contours, the true one
+solid and the sampled one dashed, so that a picture survives grey printing.
+"""
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+TRUE, SAMPLED, BOTH = "#009e73", "#d55e00", "#56b4e9"  # colours that differ in grey and to colour-blind eyes
+
+
+def figure(rows, columns, width, height):
+    """A figure and its axes, without the global state of pyplot."""
+    fig = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(fig)
+    return fig, fig.subplots(rows, columns, squeeze=False)
+
+
+def show(ax, image, title=""):
+    ax.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    ax.set_title(title, fontsize=8)
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+
+def contour(ax, mask, colour, style="solid"):
+    """The outline of a mask, if it has one."""
+    if mask.min() < 127.5 < mask.max():
+        ax.contour(mask, levels=[127.5], colors=colour, linestyles=style, linewidths=1.2)
+
+
+def save_mask_grid(path, images, true, sampled, dice, title, columns=8):
+    """X-ray, true mask, sampled mask and their difference for `columns` images, from the worst to the best DICE.
+
+    images, true, sampled  (N, 1, H, W) uint8;  dice (N,), nan where both masks are empty
+    """
+    order = np.argsort(np.where(np.isnan(dice), 1.0, dice))
+    chosen = order[np.linspace(0, len(order) - 1, min(columns, len(order))).round().astype(int)]
+    fig, axes = figure(4, len(chosen), 1.35 * len(chosen) + 0.4, 6.2)
+    for column, i in zip(axes.T, chosen):
+        x, a, b = images[i, 0], true[i, 0], sampled[i, 0]
+        t, p = a > 127, b > 127
+        show(column[0], x, f"DICE {dice[i]:.3f}")
+        contour(column[0], a, TRUE)
+        contour(column[0], b, SAMPLED, "dashed")
+        show(column[1], a)
+        show(column[2], b)
+        difference = np.full((*t.shape, 3), 255, np.uint8)
+        for where, colour in ((t & p, "#c8c8c8"), (t & ~p, TRUE), (p & ~t, SAMPLED)):
+            difference[where] = [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
+        column[3].imshow(difference, interpolation="nearest")
+        column[3].set_xticks([])
+        column[3].set_yticks([])
+    for ax, label in zip(axes[:, 0], ("X-ray", "true mask", "sampled mask", "difference")):
+        ax.set_ylabel(label, fontsize=9)
+    fig.suptitle(
+        f"{title}: from the worst to the best image of validation\n"
+        "contours: true solid green, sampled dashed orange; difference: green missed, orange too much",
+        fontsize=9,
+    )
+    fig.savefig(path, dpi=110)
+
+
+def save_image_grid(path, images, title, columns=8):
+    """Images in a grid, (N, 1, H, W) uint8."""
+    rows = -(-len(images) // columns)
+    fig, axes = figure(rows, columns, 1.1 * columns, 1.1 * rows + 0.4)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image in zip(axes.flat, images):
+        ax.imshow(image[0], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    fig.suptitle(title, fontsize=9)
+    fig.savefig(path, dpi=110)
+
+
+def save_curves(path, lines, title):
+    """Training loss and the metrics of every evaluation against the gradient step; `lines` as in log.jsonl."""
+    losses = [(line["step"], line["loss"]) for line in lines if "lr" in line]
+    evaluations = [line for line in lines if "Val" in line]
+    fig, ((left, right),) = figure(1, 2, 9, 3.4)
+    left.semilogy(*np.array(losses).T, color="0.25", linewidth=1)
+    left.set(xlabel="gradient step", ylabel="training loss", title="loss")
+    steps = [line["step"] for line in evaluations]
+    if evaluations and "pooled" in evaluations[0]["Val"]:
+        for name, style in (("DICE index", "o-"), ("Sensitivity", "^:"), ("Precision", "v:")):
+            right.plot(steps, [e["Val"]["pooled"][name] for e in evaluations], style, label=f"validation {name}")
+        right.plot(steps, [e["Train"]["pooled"]["DICE index"] for e in evaluations], "s--", color="0.5", label="train DICE index")
+        right.set(title="metrics, pooled over all pixels", ylabel="score")
+    else:
+        names = ("Fréchet distance", "Fréchet distance of two held-out halves")
+        for name, style in zip(names, ("o-", "--")):
+            right.plot(steps, [e["Val"][name] for e in evaluations], style, label=name)
+        right.set(title="samples against held-out images", ylabel="Fréchet distance", ylim=(0, None))
+    right.set_xlabel("gradient step")
+    right.legend(fontsize=8)
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+    fig.suptitle(title, fontsize=10)
+    fig.savefig(path, dpi=110)

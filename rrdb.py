@@ -1,0 +1,59 @@
+r"""The condition embedder of §4.2: a Residual in Residual Dense Block, image 64x64x1 -> features 64x64x16.
+
+report            here                 shape
+y (the X-ray)     y                    (B, 1, H, W) in [-1, 1]
+RDB, RRDB         RDB, RRDB            (B, F, H, W) -> (B, F, H, W), F features
+embedding         ConditionEmbedder    (B, 1, H, W) -> (B, 16, H, W)
+
+The report gives the blocks in words and no widths; F = 16 is its output, the growth (channels that each inner
+convolution adds) is the 32 of SegDiff [1].
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class RDB(nn.Module):
+    """Residual Dense Block: 5 convolutions, each fed with the input and all outputs before it; a LeakyReLU after each; + input.
+
+    features  channels of the input and of the output
+    growth    channels of each of the first four convolutions
+    """
+
+    def __init__(self, features=16, growth=32):
+        super().__init__()
+        widths = [growth] * 4 + [features]
+        self.convs = nn.ModuleList(nn.Conv2d(features + i * growth, width, 3, padding=1) for i, width in enumerate(widths))
+
+    def forward(self, x):
+        outputs = [x]
+        for conv in self.convs:
+            outputs.append(F.leaky_relu(conv(torch.cat(outputs, 1)), 0.2))  # (B, growth, H, W); the last (B, features, H, W)
+        return x + outputs[-1]
+
+
+class RRDB(nn.Module):
+    """Residual in Residual Dense Block: three RDBs in a row, + input."""
+
+    def __init__(self, features=16, growth=32):
+        super().__init__()
+        self.rdbs = nn.Sequential(*[RDB(features, growth) for _ in range(3)])
+
+    def forward(self, x):
+        return x + self.rdbs(x)
+
+
+class ConditionEmbedder(nn.Module):
+    """The X-ray as the U-Net takes it in, §4.2: one convolution to 16 channels, then RRDBs (the report's one).
+
+    channels  of the X-ray; features of the embedding; growth inside an RDB; blocks: how many RRDBs
+    """
+
+    def __init__(self, channels=1, features=16, growth=32, blocks=1):
+        super().__init__()
+        self.lift = nn.Conv2d(channels, features, 3, padding=1)
+        self.blocks = nn.Sequential(*[RRDB(features, growth) for _ in range(blocks)])
+
+    def forward(self, y):
+        return self.blocks(self.lift(y))  # (B, 1, H, W) -> (B, features, H, W)

@@ -1,0 +1,814 @@
+r"""Train one model of the report: X-rays from noise (§3), or masks from X-rays (§4).
+
+    python train.py --task lung --cond concat        §4.4  lung masks       (Table 1, Figure 5)
+    python train.py --task lung --cond add           §4.4                   (Table 1, Figure 4)
+    python train.py --task infection --cond add      §4.5  infection masks  (Table 2, Figure 7)
+    python train.py --task synthesis                 §3    chest X-rays     (Figure 3)
+    python train.py --resume runs/lung-concat-0      go on with a run that was stopped
+
+Data: COVID-QU-Ex in ./COVID-QU-Ex or in --data DIR; without it, generated chest phantoms. Preset: `report` is the
+report's network and hyperparameters, for a GPU; `small` is the same code at a size a laptop trains in minutes. Without
+--preset the machine decides. Ctrl-C saves and says how to go on.
+
+A run folder, runs/<task>-<cond>-<seed>, holds
+    config.json   every setting             curves.png    loss and metrics           last.pt   go on or sample from here
+    log.jsonl     a line per log            masks.png or samples.png                 best.pt   best validation DICE
+    table.md      beside the report's table                                          results.json   all numbers
+"""
+
+import os
+
+if __name__ == "__main__":  # spinning OpenMP threads make a busy machine 5 to 8 times slower; read when torch is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import diffusion
+import metrics
+from unet import CONDITIONINGS, ConditionalUNet
+
+TASKS = ("synthesis", "lung", "infection")
+EVAL_SEED = 0  # chooses the evaluated images and their x_T: the same in every run, so that runs compare (§4.3)
+SAVE_EVERY = 300  # seconds between checkpoints
+REPORT_TABLES = {  # Tables 1 and 2: (addition, concatenation)
+    "lung": {
+        "DICE index": (0.9529, 0.9541),
+        "Jaccard index": (0.9101, 0.9123),
+        "Accuracy": (0.9792, 0.9793),
+        "Sensitivity": (0.9455, 0.9502),
+        "Specificity": (0.9888, 0.9878),
+        "Balanced Accuracy": (0.9672, 0.9793),
+        "Precision": (0.9604, 0.9581),
+        "MCC": (0.9396, 0.9408),
+    },
+    "infection": {
+        "DICE index": (0.6755, 0.4708),
+        "Jaccard index": (0.5105, 0.3087),
+        "Accuracy": (0.9183, 0.8967),
+        "Sensitivity": (0.6687, 0.3646),
+        "Specificity": (0.9550, 0.9736),
+        "Balanced Accuracy": (0.8119, 0.6691),
+        "Precision": (0.6838, 0.6674),
+        "MCC": (0.6293, 0.4431),
+    },
+}
+
+
+class UserError(ValueError):
+    """Something the user can mend: one clear line, exit status 2."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM arrived; the run is to be saved and left."""
+
+
+# ------------------------------------------------------------------------------------- configuration
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that decides a run's numbers. The defaults are the report's, each with its section; see PRESETS for the small size."""
+
+    task: str  # synthesis (§3), lung (§4.4), infection (§4.5)
+    cond: str | None = None  # how the X-ray enters the U-Net (§4.2): add, concat, none, cross; None for synthesis
+    data: str = ""  # folder the images came from
+    phantoms: bool = False  # whether they are generated
+    classes: tuple = ()  # of data.CLASSES
+    preset: str = "report"
+    target: str = "eps"  # what the network predicts: eps is Eq. (7)
+    epochs: float = 100.0  # §4.4; 2400 in §4.5
+    steps: int = 0  # gradient steps; 0: as many as the epochs take
+    batch_size: int = 512  # §4.4, §4.5
+    micro_batch: int = 0  # images a forward pass; 0: the whole batch, less when memory runs out
+    lr: float = 3e-3  # §4.4, §4.5
+    lr_decay: str = "none"  # none, or cosine: to 0 over the run
+    warmup: int = 200  # steps of linear warm-up; 0: none
+    clip: float = 1.0  # largest gradient norm; 0: no clipping
+    weight_decay: float = 0.01  # AdamW
+    ema: float = 0.999  # decay of the averaged weights that are evaluated; 0: none
+    channels: int = 192  # §3.2
+    channel_mult: tuple = (1, 2, 3, 4)  # §3.2
+    blocks: int = 2  # §3.2
+    attention_levels: tuple = (1, 2, 3)  # §3.2: 32, 16 and 8 of 64
+    head_channels: int = 64  # §3.2
+    growth: int = 32  # of the embedder's RDBs, [1]
+    image_size: int = 64  # §3.1
+    T: int = 1000  # §3.2
+    ddim_steps: int = 50  # §3.2
+    eta: float = 0.0  # [18]
+    ensemble: int = 1  # masks averaged for one image; §4.3: "we decided to calculate each mask one time"
+    eval_images: int = 512  # §4.3: of train and of validation, the same at every evaluation
+    eval_every: int = 0  # steps; 0: ten times a run
+    seed: int = 0
+    precision: str = "fp32"  # or bf16: autocast with float32 parameters
+
+
+PRESETS = {
+    "report": {"synthesis": {}, "lung": {}, "infection": dict(epochs=2400)},
+    "small": {
+        task: dict(
+            target="eps" if task == "synthesis" else "v",
+            steps=1500 if task == "synthesis" else 500,
+            batch_size=16,
+            lr=2e-3,
+            lr_decay="cosine",
+            warmup=50,
+            ema=0.99,
+            channels=16,
+            channel_mult=(1, 2, 4, 8),
+            blocks=1,
+            attention_levels=(2, 3),
+            head_channels=32,
+            growth=8,
+            eval_images=64,
+        )
+        for task in TASKS
+    },
+}
+
+
+def parse(argv):
+    """The command line -> argparse.Namespace; what was not given is None."""
+    p = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--task", choices=TASKS, help="what to learn; needed unless --resume")
+    p.add_argument("--cond", choices=CONDITIONINGS, help="how the X-ray enters the U-Net (§4.2); default concat")
+    p.add_argument("--data", metavar="DIR", help="folder with COVID-QU-Ex; default ./COVID-QU-Ex, else phantoms")
+    p.add_argument("--classes", nargs="+", metavar="CLASS", help=f"some of {', '.join(data.CLASSES)}")
+    p.add_argument("--preset", choices=PRESETS, help="default: report where there is a GPU, small where there is none")
+    p.add_argument("--target", choices=diffusion.TARGETS, help="what the network predicts; Eq. (7) is eps")
+    p.add_argument("--steps", type=int, help="gradient steps")
+    p.add_argument("--epochs", type=float, help="passes over the training images (instead of --steps)")
+    p.add_argument("--batch-size", type=int, help="images a gradient step")
+    p.add_argument("--micro-batch", type=int, help="images a forward pass; the gradient is the whole batch's. 0: automatic")
+    p.add_argument("--lr", type=float, help="learning rate of AdamW")
+    p.add_argument("--lr-decay", choices=("none", "cosine"), help="learning rate after the warm-up")
+    p.add_argument("--warmup", type=int, help="steps of linear warm-up; 0: none")
+    p.add_argument("--clip", type=float, help="largest norm of the gradient; 0: no clipping")
+    p.add_argument("--ema", type=float, help="decay of the averaged weights; 0: none")
+    p.add_argument("--channels", type=int, help="width of the first level")
+    p.add_argument("--image-size", type=int, help="side of the images in pixels")
+    p.add_argument("--ddim-steps", type=int, help="passes of the network to sample one image")
+    p.add_argument("--eta", type=float, help="fresh noise in DDIM, 0..1")
+    p.add_argument("--ensemble", type=int, help="masks averaged for one image (Amit et al.)")
+    p.add_argument("--eval-images", type=int, help="images of train and of validation that an evaluation samples")
+    p.add_argument("--eval-every", type=int, help="steps between evaluations")
+    p.add_argument("--seed", type=int, help="of the initial weights, the order of the images and the noise")
+    p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where the device is fast at it")
+    p.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
+    p.add_argument("--out", metavar="DIR", help="run folder; default runs/<task>-<cond>-<seed>")
+    p.add_argument("--resume", metavar="RUN", help="go on with this run; of the other flags only --steps, --data, --device")
+    p.add_argument("--dry-run", action="store_true", help="print the configuration and the sizes, and stop")
+    return p.parse_args(argv)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the usage
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def configure(args, device):
+    """Preset, then the flags given -> Config; UserError names the flag and the value of what cannot be."""
+    if args.task is None:
+        raise UserError(f"--task is needed: one of {', '.join(TASKS)}")
+    if args.task == "synthesis" and args.cond:
+        raise UserError(f"--cond is about segmentation; --task synthesis is unconditional (§3), got --cond {args.cond}")
+    if args.task == "synthesis" and args.ensemble:
+        raise UserError("--ensemble averages masks; --task synthesis has none")
+    if args.steps is not None and args.epochs is not None:
+        raise UserError("--steps and --epochs say the same thing twice; give one")
+    preset = args.preset or ("small" if device.type == "cpu" else "report")
+    cond = None if args.task == "synthesis" else "concat"
+    settings = dict(task=args.task, cond=cond, preset=preset, precision="bf16" if bf16_is_fast(device) else "fp32")
+    settings |= PRESETS[preset][args.task]
+    fields = {f.name for f in dataclasses.fields(Config)}
+    settings |= {k: v for k, v in vars(args).items() if k in fields - {"data"} and v is not None}
+    settings["classes"] = tuple(settings.get("classes") or data.DEFAULT_CLASSES[args.task])
+    if args.epochs is not None:
+        settings["steps"] = 0
+    cfg = Config(**settings)
+    check(cfg)
+    return cfg
+
+
+def check(cfg):
+    """Refuse settings out of range, by the flag's name."""
+    least = dict(steps=0, batch_size=1, micro_batch=0, warmup=0, channels=2, image_size=1, ddim_steps=1, ensemble=1)
+    least |= dict(eval_images=2, eval_every=0, seed=0, clip=0, ema=0)
+    for name, low in least.items():
+        if not getattr(cfg, name) >= low:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(cfg, name)}")
+    for name in ("lr", "epochs"):
+        if not 0 < getattr(cfg, name) < math.inf:
+            raise UserError(f"--{name} must be above 0, got {getattr(cfg, name)}")
+    if not cfg.ema < 1:
+        raise UserError(f"--ema must be below 1, got {cfg.ema}")
+    if not 0 <= cfg.eta <= 1:
+        raise UserError(f"--eta must be between 0 and 1, got {cfg.eta}")
+    if cfg.ddim_steps > cfg.T:
+        raise UserError(f"--ddim-steps must be at most T = {cfg.T}, got {cfg.ddim_steps}")
+    if set(cfg.classes) - set(data.CLASSES):
+        raise UserError(f"--classes must be some of {', '.join(data.CLASSES)}, got {', '.join(cfg.classes)}")
+
+
+def default_device():
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def bf16_is_fast(device):
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def build_model(cfg):
+    """The network of a configuration, with fresh weights from its seed."""
+    torch.manual_seed(cfg.seed)
+    return ConditionalUNet(
+        cfg.cond,
+        growth=cfg.growth,
+        image_size=cfg.image_size,
+        channels=cfg.channels,
+        channel_mult=cfg.channel_mult,
+        blocks=cfg.blocks,
+        attention_at=tuple(cfg.image_size >> level for level in cfg.attention_levels),
+        head_channels=cfg.head_channels,
+    )
+
+
+def autocast(cfg, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def batch_indices(cfg, N, step):
+    """Which images batch `step` (1, 2, ...) holds: B consecutive places in an endless row of permutations of 0..N-1.
+
+    A function of (seed, step) alone, so that a resumed run needs no memory of the order.
+    """
+    places = np.arange((step - 1) * cfg.batch_size, step * cfg.batch_size)
+    order = {e: np.random.default_rng([cfg.seed, 1, e]).permutation(N) for e in np.unique(places // N)}
+    return torch.from_numpy(np.array([order[e][i] for e, i in zip(places // N, places % N)]))
+
+
+def draws(cfg, step, like):
+    """t and eps of Eq. (7) for batch `step`, a function of (seed, step) alone, the same on every device."""
+    g = torch.Generator().manual_seed(int(np.random.SeedSequence([cfg.seed, 2, step]).generate_state(1)[0]))
+    t = torch.randint(1, cfg.T + 1, (len(like),), generator=g)
+    return t, torch.randn(like.shape, generator=g).to(like.device)
+
+
+def learning_rate(cfg, step):
+    """Linear warm-up, then constant, or a cosine to 0 at the last step."""
+    warm = min(1.0, step / cfg.warmup) if cfg.warmup else 1.0
+    return cfg.lr * warm * (1 if cfg.lr_decay == "none" else (1 + math.cos(math.pi * (step - 1) / cfg.steps)) / 2)
+
+
+class Trainer:
+    """Model, averaged model (EMA), optimiser and step: what a checkpoint holds, and the gradient step that moves it."""
+
+    def __init__(self, cfg, device):
+        self.cfg, self.device, self.step = cfg, device, 0
+        self.s = diffusion.linear_schedule(cfg.T)
+        self.model = build_model(cfg).to(device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        fused = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+        self.micro_batch = cfg.micro_batch or cfg.batch_size
+
+    def train_step(self, images, masks):
+        """One step of AdamW on Eq. (7). images, masks: the split, uint8 on the device. Returns the loss, still on the device."""
+        cfg = self.cfg
+        self.step += 1
+        rows = batch_indices(cfg, len(images), self.step).to(images.device)
+        image = data.to_float(images[rows])
+        # §3: x_0 is the X-ray. §4.1: x_0 is the mask and y the X-ray.
+        x0, y = (image, None) if masks is None else (data.to_float(masks[rows]), image)
+        t, eps = draws(cfg, self.step, x0)
+
+        loss = self.gradient(x0, y, t, eps)  # Eq. (7)
+        if cfg.clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, self.step)
+        self.optimizer.step()
+        decay = min(cfg.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        return loss
+
+    def gradient(self, x0, y, t, eps):
+        """Gradient of the batch's mean loss, in pieces of micro_batch images; the pieces halve when memory runs out."""
+        while True:
+            try:
+                self.optimizer.zero_grad(set_to_none=True)
+                total = 0.0
+                for piece in torch.arange(len(x0)).split(self.micro_batch):
+                    a, b = int(piece[0]), int(piece[-1]) + 1
+                    condition = y if y is None else y[a:b]
+                    with autocast(self.cfg, self.device):
+                        loss = diffusion.l_simple(self.s, self.model, x0[a:b], condition, t[a:b], eps[a:b], self.cfg.target)
+                    loss = loss * ((b - a) / len(x0))
+                    loss.backward()
+                    total = total + loss.detach()
+                return total
+            except torch.OutOfMemoryError:
+                if self.cfg.micro_batch or self.micro_batch == 1:
+                    raise UserError(f"out of memory with {self.micro_batch} images at once; try a smaller --micro-batch") from None
+                self.micro_batch = -(-self.micro_batch // 2)
+                say(f"out of memory: from here on {self.micro_batch} images at once; the batch stays {len(x0)}")
+                torch.cuda.empty_cache()
+
+    def state(self):
+        """Plain numbers and tensors: torch.load(weights_only=True) reads it, load_run rebuilds the model from it."""
+        return dict(
+            config=dataclasses.asdict(self.cfg),
+            step=self.step,
+            model=self.model.state_dict(),
+            ema=self.ema.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+        )
+
+    def load_state(self, c):
+        self.step = c["step"]
+        self.model.load_state_dict(c["model"])
+        self.ema.load_state_dict(c["ema"])
+        self.optimizer.load_state_dict(c["optimizer"])
+
+
+def write_whole(path, write):
+    """write(temporary path), then rename: a file is there whole or not at all."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path, device="cpu"):
+    """The dict of a checkpoint, from last.pt, best.pt or a run folder. UserError where there is none, or a damaged one."""
+    path = Path(path)
+    path = path / "last.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path}: no checkpoint there")
+    try:
+        c = torch.load(path, map_location=device, weights_only=True)
+        as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in c["config"].items()}
+        return dict(c, config=Config(**as_tuples))
+    except Exception as e:
+        raise UserError(f"{path}: not a checkpoint of train.py, or a damaged one ({type(e).__name__})") from e
+
+
+def load_run(path, device="cpu"):
+    """(model with the averaged weights, config, step) of a run folder or checkpoint; what sample.py and the notebooks call."""
+    c = read_checkpoint(path, device)
+    model = build_model(c["config"]).to(device)
+    model.load_state_dict(c["ema"])
+    return model.requires_grad_(False).eval(), c["config"], c["step"]
+
+
+# ------------------------------------------------------------------------------------- evaluation: §4.3
+
+
+def eps_model_of(model, cfg, s, device, progress=None):
+    """The network as the samplers want it, eps_model(xt, t, e), whatever it predicts. e = model.embed(y), once for all steps."""
+
+    def eps_model(xt, t, e):
+        with autocast(cfg, device):
+            answer = model.denoise(xt, t, e).float()
+        if progress:
+            progress(len(xt))
+        return diffusion.eps_of(s, cfg.target, answer, xt, t)
+
+    return eps_model
+
+
+@torch.inference_mode()
+def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None):
+    """Masks for X-rays by DDIM: (B, members, 1, H, W) in [-1, 1].
+
+    y      (B, 1, H, W) in [-1, 1], on the device
+    index  B ints: image i's noise comes from (EVAL_SEED, i) alone
+    """
+    s = diffusion.linear_schedule(cfg.T)
+    with autocast(cfg, device):
+        e = model.embed(y).repeat_interleave(members, 0)
+    noise = diffusion.ImageNoise(EVAL_SEED, index, y.shape[1:], members, device)
+    x0 = diffusion.ddim_sample(s, eps_model_of(model, cfg, s, device, progress), noise, e, cfg.ddim_steps, cfg.eta)
+    return x0.unflatten(0, (len(y), members))
+
+
+@torch.inference_mode()
+def sample_images(model, cfg, index, device="cpu", progress=None):
+    """X-rays from noise by DDIM: (B, 1, H, W) in [-1, 1]; image i from (EVAL_SEED, i) alone."""
+    s = diffusion.linear_schedule(cfg.T)
+    noise = diffusion.ImageNoise(EVAL_SEED, index, (1, cfg.image_size, cfg.image_size), device=device)
+    return diffusion.ddim_sample(s, eps_model_of(model, cfg, s, device, progress), noise, None, cfg.ddim_steps, cfg.eta)
+
+
+def chosen(N, n):
+    """The rows of a split that every evaluation samples: n of N at random, the same in every run (§4.3)."""
+    return np.sort(np.random.default_rng(EVAL_SEED).permutation(N)[:n])
+
+
+def pieces(rows, device, members=1):
+    """Rows in batches that fit: a hint of size only; no number depends on it."""
+    size = max(1, (256 if device.type == "cuda" else 32) // members)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def segment(model, cfg, images, rows, device, progress=None):
+    """The mask of each chosen X-ray, mean of cfg.ensemble samples: (n, 1, H, W) float32 in [-1, 1] on the CPU."""
+    out = []
+    for piece in pieces(rows, device, cfg.ensemble):
+        y = data.to_float(images[piece]).to(device)
+        out.append(sample_masks(model, cfg, y, piece, cfg.ensemble, device, progress).mean(1).cpu())
+    return torch.cat(out)
+
+
+def evaluate_masks(model, cfg, splits, device, progress=None):
+    """§4.3: the eight metrics on the chosen images of train and of validation.
+
+    Returns {split: {"images": n, "pooled": {name: value}, "per image": {name: (mean, sd, n)}}} and validation's masks.
+    """
+    report, shown = {}, None
+    for name, split in splits.items():
+        rows = chosen(len(split.images), cfg.eval_images)
+        masks = segment(model, cfg, split.images, rows, device, progress)
+        counts = metrics.confusion(masks, data.to_float(split.masks[rows]))
+        report[name] = {
+            "images": len(rows),
+            "pooled": metrics.scores(counts.pooled()),
+            "per image": metrics.per_image(counts),
+        }
+        shown = (split.images[rows], split.masks[rows], data.to_uint8(masks), metrics.scores(counts)["DICE index"])
+    return report, shown
+
+
+@torch.inference_mode()
+def evaluate_images(model, cfg, splits, device, progress=None):
+    """§3: Eq. (7) on the chosen images with fixed t and eps, and how far samples are from held-out images.
+
+    The Fréchet distance of metrics.image_features between as many samples and held-out X-rays, beside that between two
+    halves of the held-out X-rays: the least that can be hoped for.
+    """
+    s, report = diffusion.linear_schedule(cfg.T), {}
+    for name, split in splits.items():
+        rows = chosen(len(split.images), cfg.eval_images)
+        x0 = data.to_float(split.images[rows])
+        t, eps = draws(dataclasses.replace(cfg, seed=EVAL_SEED), 0, x0)
+        losses = []
+        for i in pieces(np.arange(len(rows)), device):
+            with autocast(cfg, device):
+                loss = diffusion.l_simple(s, model, x0[i].to(device), None, t[i], eps[i].to(device), cfg.target)
+            losses.append(float(loss) * len(i))
+        report[name] = {"images": len(rows), "loss": sum(losses) / len(rows)}
+
+    held_out = splits["Val"].images
+    a, b = np.array_split(np.random.default_rng(EVAL_SEED).permutation(len(held_out)), 2)
+    b = b[: cfg.eval_images]
+    samples = torch.cat([sample_images(model, cfg, i, device, progress).cpu() for i in pieces(np.arange(len(b)), device)])
+    features = [metrics.image_features(x) for x in (samples, data.to_float(held_out[b]), data.to_float(held_out[a[: len(b)]]))]
+    report["Val"]["Fréchet distance"] = metrics.frechet_distance(features[0], features[1])
+    report["Val"]["Fréchet distance of two held-out halves"] = metrics.frechet_distance(features[2], features[1])
+    return report, data.to_uint8(samples)
+
+
+# ------------------------------------------------------------------------------------- the run folder
+
+
+class Log:
+    """log.jsonl: one dict a line, with its step. Lines after the step that a run resumes from are dropped."""
+
+    def __init__(self, path, step=0):
+        self.path = path
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        self.lines = [line for line in lines if line["step"] <= step]
+        write_whole(path, lambda f: f.write_text("".join(json.dumps(line) + "\n" for line in self.lines)))
+
+    def add(self, **line):
+        self.lines.append(line)
+        with open(self.path, "a") as f:
+            f.write(json.dumps(line) + "\n")
+
+    def evaluations(self):
+        return [line for line in self.lines if "Val" in line]
+
+
+def quality(line):
+    """What makes one evaluation better than another: validation DICE, or for synthesis minus the validation loss."""
+    val = line["Val"]
+    return val["pooled"]["DICE index"] if "pooled" in val else -val["loss"]
+
+
+def markdown_table(cfg, line):
+    """The last evaluation beside the report's Table 1 or 2, as Markdown."""
+    what = f"step {line['step']}, {'phantoms' if cfg.phantoms else 'X-rays'}"
+    if cfg.task == "synthesis":
+        rows = [f"| {name} | {value:.4f} |" for name, value in line["Val"].items() if name != "images"]
+        return "\n".join([f"| synthesis, {what} | validation |", "|---|---|", f"| Train loss | {line['Train']['loss']:.4f} |", *rows])
+    number = {"lung": 1, "infection": 2}[cfg.task]
+    n, m = line["Train"]["images"], line["Val"]["images"]
+    head = f"{cfg.task} masks, {cfg.cond}, {what}"
+    rows = [
+        f"| {head} | report's Table {number}: addition | concatenation | here, {n} of train | **here, {m} of validation** | mean ± sd of the images |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (add, concat) in REPORT_TABLES[cfg.task].items():
+        mean, sd, _ = line["Val"]["per image"][name]
+        train, val = line["Train"]["pooled"][name], line["Val"]["pooled"][name]
+        rows.append(f"| {name} | {add:.4f} | {concat:.4f} | {train:.4f} | **{val:.4f}** | {mean:.4f} ± {sd:.4f} |")
+    return "\n".join(rows)
+
+
+def provenance(device):
+    """Where a number comes from: commit and hardware."""
+    here = Path(__file__).resolve().parent
+    git = lambda *command: subprocess.run(["git", "-C", here, *command], capture_output=True, text=True).stdout.strip()
+    commit = git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    cpu = next((c.split(":")[1].strip() for c in lines_of("/proc/cpuinfo") if c.startswith("model name")), platform.processor())
+    hardware = gpu or f"{cpu}, {torch.get_num_threads()} threads"
+    return dict(commit=commit or "unknown", hardware=hardware, torch=torch.__version__, python=platform.python_version())
+
+
+def lines_of(path):
+    return Path(path).read_text().splitlines() if Path(path).is_file() else []
+
+
+def say(*words):
+    print(*words, flush=True)
+
+
+# ------------------------------------------------------------------------------------- the run
+
+
+class StopSignals(contextlib.AbstractContextManager):
+    """Within it, the first SIGINT or SIGTERM is noted in `asked`; a second one acts at once."""
+
+    asked = None
+
+    def __enter__(self):
+        self.before = {sig: signal.signal(sig, self.note) for sig in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, sig, frame):
+        self.asked = sig
+        self.__exit__()
+        print(f"\n{signal.Signals(sig).name}: saving, one moment", file=sys.stderr, flush=True)
+
+    def __exit__(self, *error):
+        for sig, handler in self.before.items():
+            signal.signal(sig, handler)
+
+    def check(self):
+        if self.asked:
+            raise Stopped
+
+
+class Run:
+    """One run folder while it trains: the loop, what it shows, and what it writes."""
+
+    def __init__(self, cfg, device, folder, splits, state=None):
+        self.cfg, self.device, self.folder, self.splits = cfg, device, folder, splits
+        self.trainer = Trainer(cfg, device)
+        if state:
+            self.trainer.load_state(state)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "config.json", lambda f: f.write_text(json.dumps(dataclasses.asdict(cfg), indent=1)))
+        self.log = Log(folder / "log.jsonl", self.trainer.step)
+        self.losses = []  # of the steps since the last log line, still on the device: no synchronisation inside a step
+        self.status, self.first_step = data.StatusLine(), self.trainer.step
+        self.train_s = self.evaluate_s = 0.0
+        self.saved_at = time.monotonic()
+
+    def train(self):
+        """Steps, logs, evaluations and checkpoints, until cfg.steps. Ends early with Stopped, saved."""
+        cfg, trainer = self.cfg, self.trainer
+        images, masks = (a if a is None else torch.from_numpy(a).to(self.device) for a in self.splits["Train"][:2])
+        log_every = min(50, max(1, cfg.steps // 100))
+        with StopSignals() as signals:
+            try:
+                while True:
+                    if self.evaluation_due():
+                        self.evaluate(signals)
+                    if trainer.step >= cfg.steps:
+                        return
+                    start = time.monotonic()
+                    self.losses.append(trainer.train_step(images, masks))
+                    if trainer.step % log_every == 0:
+                        self.log_loss()
+                    self.train_s += time.monotonic() - start
+                    self.show()
+                    signals.check()
+                    if time.monotonic() - self.saved_at > SAVE_EVERY:
+                        self.save()
+            except Stopped:
+                self.save()
+                raise
+
+    def log_loss(self):
+        """The mean loss since the last log line. A loss that is not finite ends the run; the last checkpoint is older and good."""
+        if not self.losses:
+            return
+        losses = torch.stack(self.losses).tolist()
+        first = self.trainer.step - len(losses) + 1
+        for step, loss in enumerate(losses, first):
+            if not math.isfinite(loss):
+                last = self.folder / "last.pt"
+                kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
+                lr = learning_rate(self.cfg, step)
+                raise FloatingPointError(f"the loss is {loss} at step {step} (learning rate {lr:.2g}); {kept}")
+        self.log.add(step=self.trainer.step, loss=float(np.mean(losses)), lr=learning_rate(self.cfg, self.trainer.step))
+        self.losses = []
+
+    def save(self):
+        self.log_loss()
+        write_whole(self.folder / "last.pt", lambda f: torch.save(self.trainer.state(), f))
+        self.saved_at = time.monotonic()
+
+    def evaluation_due(self):
+        step, evaluations = self.trainer.step, self.log.evaluations()
+        due = step > 0 and (step % self.cfg.eval_every == 0 or step == self.cfg.steps)
+        return due and not (evaluations and evaluations[-1]["step"] == step)
+
+    def evaluate(self, signals):
+        """Evaluate, log, draw, and keep last.pt and best.pt."""
+        from notebooks import figures  # matplotlib takes a while to load
+
+        cfg, start = self.cfg, time.monotonic()
+        self.log_loss()
+        line, done = data.progress_line(f"evaluating step {self.trainer.step}: passes"), 0
+        total = self.passes()
+
+        def progress(passes):
+            nonlocal done
+            done += passes
+            line(done, total)
+            signals.check()
+
+        function = evaluate_images if cfg.task == "synthesis" else evaluate_masks
+        report, shown = function(self.trainer.ema, cfg, self.splits, self.device, progress)
+        self.evaluate_s = time.monotonic() - start
+        self.log.add(step=self.trainer.step, **report, seconds=round(self.evaluate_s, 1))
+
+        best = max(self.log.evaluations(), key=quality)
+        if best["step"] == self.trainer.step:
+            state = {k: v for k, v in self.trainer.state().items() if k in ("config", "step", "ema")}
+            write_whole(self.folder / "best.pt", lambda f: torch.save(state, f))
+        self.save()
+
+        title = f"{cfg.task} {cfg.cond or ''}, {'phantoms' if cfg.phantoms else 'X-rays'}, step {self.trainer.step}"
+        write_whole(self.folder / "curves.png", lambda f: figures.save_curves(f, self.log.lines, title))
+        if cfg.task == "synthesis":
+            write_whole(self.folder / "samples.png", lambda f: figures.save_image_grid(f, shown[:64], title))
+        else:
+            write_whole(self.folder / "masks.png", lambda f: figures.save_mask_grid(f, *shown, title))
+        val = self.log.lines[-1]["Val"]
+        best = f"best so far at step {best['step']}"
+        number = f"DICE {val['pooled']['DICE index']:.4f}" if "pooled" in val else f"loss {val['loss']:.4f}"
+        say(f"step {self.trainer.step}: validation {number} ({best}); {self.folder}/")
+
+    def passes(self):
+        """Images through the network in one evaluation."""
+        cfg, N = self.cfg, {name: len(split.images) for name, split in self.splits.items()}
+        if cfg.task == "synthesis":
+            return min(N["Val"] // 2, cfg.eval_images) * cfg.ddim_steps
+        return sum(min(n, cfg.eval_images) for n in N.values()) * cfg.ddim_steps * cfg.ensemble
+
+    def show(self):
+        """step, loss, images/s and time left, evaluations included (until the first is measured: a pass is 1/3 of a step)."""
+        cfg, step = self.cfg, self.trainer.step
+        each = self.train_s / (step - self.first_step)
+        evaluations = -(-cfg.steps // cfg.eval_every) - step // cfg.eval_every
+        evaluate_s = self.evaluate_s or self.passes() * each / cfg.batch_size / 3
+        left = data.clock((cfg.steps - step) * each + evaluations * evaluate_s)
+        loss = next((line["loss"] for line in reversed(self.log.lines) if "loss" in line), math.nan)
+        text = f"step {step}/{cfg.steps}  loss {loss:.4f}  {cfg.batch_size / each:.1f} images/s  {left} left"
+        self.status.show(text, last=step == cfg.steps)
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+def describe(cfg):
+    """The resolved configuration, and the sizes of network and embedder, in lines. Refuses what cannot be built."""
+    try:
+        with torch.device("meta"):
+            model = build_model(cfg)
+    except ValueError as e:
+        raise UserError(e) from e
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    lines = [f"  {name:17}{value}" for name, value in dataclasses.asdict(cfg).items()]
+    lines.append(f"  U-Net            {count(model.unet):,} parameters")
+    if model.embedder is not None:
+        lines.append(f"  embedder         {count(model.embedder):,} parameters")
+    return "\n".join(lines)
+
+
+def prepare(args, device):
+    """Configuration, run folder and checkpoint (or None) of a new or a resumed run."""
+    if not args.resume:
+        cfg = configure(args, device)
+        folder = Path(args.out or f"runs/{'-'.join(filter(None, (cfg.task, cfg.cond, str(cfg.seed))))}")
+        if (folder / "last.pt").exists():
+            raise UserError(f"{folder} holds a run already; go on with --resume {folder}, or choose another --out")
+        return cfg, folder, None
+    given = {k for k, v in vars(args).items() if v not in (None, False)} - {"resume", "steps", "data", "device", "dry_run"}
+    if given:
+        flags = ", ".join("--" + k.replace("_", "-") for k in sorted(given))
+        raise UserError(f"--resume keeps the run's own settings (only --steps, --data and --device may change), got {flags}")
+    folder = Path(args.resume)
+    state = read_checkpoint(folder, device)
+    cfg = state["config"]
+    if args.steps is not None:
+        if args.steps < state["step"]:
+            raise UserError(f"--steps must be at least the {state['step']} steps that {folder} has taken, got {args.steps}")
+        cfg = dataclasses.replace(cfg, steps=args.steps)
+    return cfg, folder, state
+
+
+def find_data(cfg, given):
+    """The configuration with the folder of its images; phantoms are announced, and made on the first use."""
+    resumed = cfg.data if given is None and cfg.data and not cfg.phantoms else given
+    root, phantoms = data.locate(resumed, cfg.task)
+    if phantoms and given is None:
+        say(
+            f"No X-rays found: COVID-QU-Ex is looked for in {' and '.join(map(str, data.DATA_HOMES))}. It can be had from "
+            "Kaggle (anasmohammedtahir/covidqu); unpack it there, or name its folder with --data. Until then this run "
+            "uses chest phantoms: generated X-rays whose masks are known. Its numbers are about phantoms."
+        )
+        data.ensure_phantoms(cfg.task, data.progress_line("drawing phantoms"))
+    return dataclasses.replace(cfg, data=str(root), phantoms=phantoms)
+
+
+def start(args):
+    device = torch.device(args.device) if args.device else default_device()
+    cfg, folder, state = prepare(args, device)
+    sizes = describe(cfg)
+    if args.dry_run:
+        say(f"{folder} on {device}\n{sizes}")
+        return 0
+    cfg = find_data(cfg, args.data)
+    splits = {
+        name: data.load(cfg.data, cfg.task, name, cfg.classes, cfg.image_size, progress=data.progress_line(f"decoding {name}"))
+        for name in ("Train", "Val")
+    }
+    steps = cfg.steps or math.ceil(cfg.epochs * len(splits["Train"].images) / cfg.batch_size)
+    cfg = dataclasses.replace(cfg, steps=steps, eval_every=cfg.eval_every or max(1, math.ceil(steps / 10)))
+    say(f"{folder} on {device}\n{describe(cfg)}")
+    for name, split in splits.items():
+        n = len(split.images)
+        few = f", all {n} evaluated (fewer than {cfg.eval_images})" if n < cfg.eval_images else f", {cfg.eval_images} evaluated"
+        say(f"  {name:17}{n} images{few}")
+
+    began = time.monotonic()
+    run = Run(cfg, device, folder, splits, state)
+    try:
+        run.train()
+    except Stopped:
+        say(f"stopped and saved at step {run.trainer.step} of {cfg.steps}; go on with: python train.py --resume {folder}")
+        return 130
+    last = run.log.evaluations()[-1]
+    table = markdown_table(cfg, last)
+    write_whole(folder / "table.md", lambda f: f.write_text(table + "\n"))
+    facts = dict(config=dataclasses.asdict(cfg), evaluation=last, minutes=round((time.monotonic() - began) / 60, 1))
+    facts |= provenance(device)
+    write_whole(folder / "results.json", lambda f: f.write_text(json.dumps(facts, indent=1)))
+    say(f"\n{table}\n\ncheckpoint, pictures and numbers: {folder}/")
+    return 0
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        return start(args)
+    except (UserError, data.DataError) as e:
+        print(f"train.py: error: {e}", file=sys.stderr)
+        return 2
+    except FloatingPointError as e:
+        print(f"train.py: stopped: {e}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
