@@ -16,17 +16,20 @@ Nothing is repaired and nothing is skipped: a file that breaks a rule stops the 
 
 import hashlib
 import io
+import math
+import multiprocessing
 import os
+import shutil
 import sys
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageDraw, UnidentifiedImageError
 
 TREES = {"lung": "Lung Segmentation Data", "infection": "Infection Segmentation Data",
          "synthesis": "Lung Segmentation Data"}
@@ -81,7 +84,7 @@ def pixels(path):
     """
     try:
         raw = io.BytesIO(Path(path).read_bytes())
-        Image.open(raw).verify()                        # the checksum of every PNG chunk, which load() passes over
+        Image.open(raw).verify()        # the checksum of every PNG chunk: load() alone accepts one flipped bit in seven
         image = Image.open(raw)
         image.load()
     except Exception as e:                              # Pillow's are OSError, SyntaxError, ValueError, struct.error...
@@ -139,7 +142,7 @@ def resize_image(a, size):
 
 def resize_mask(a, size):
     """(H, W) bool -> (size, size) bool: inside where half or more of the pixels under it are; so, two-valued."""
-    return np.round(area_mean(a.astype(np.uint8), size), 4) >= 0.5      # round: 18 x 1/36 is not always 0.5 in float
+    return area_mean(a.astype(np.uint8), size) >= 0.5
 
 
 # one folder
@@ -179,8 +182,7 @@ def decode(paths, size, progress=None, workers=None):
             return e
 
     out, shapes, problems = np.empty((len(paths), size, size), np.uint8), np.empty((len(paths), 2), np.int32), []
-    pool = ThreadPoolExecutor(workers or os.cpu_count())
-    try:
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for i, result in enumerate(pool.map(one, paths)):
             if isinstance(result, DataError):
                 problems.append(str(result))
@@ -188,8 +190,6 @@ def decode(paths, size, progress=None, workers=None):
                 out[i], shapes[i] = result
             if progress:
                 progress(i + 1, len(paths))
-    finally:
-        pool.shutdown(cancel_futures=True)              # Ctrl-C does not wait for what is still queued
     refuse(problems)
     return out, shapes
 
@@ -198,7 +198,7 @@ def decode(paths, size, progress=None, workers=None):
 
 def cache_file(cache, folder, files, size):
     """Where a decoded folder is kept, and the fingerprint of the names, sizes and times of the files it is made of."""
-    made_of = f"{CACHE_FORMAT}/{size}/" + "".join(f"{name}/{length}/{mtime}/" for name, (length, mtime) in files.items())
+    made_of = f"{CACHE_FORMAT}/" + "".join(f"{name}/{length}/{mtime}/" for name, (length, mtime) in files.items())
     where, what = (hashlib.sha256(text.encode()).hexdigest() for text in (str(folder), made_of))
     return Path(cache) / f"{'-'.join(folder.parts[-3:])}-{size}-{where[:12]}.bin", what
 
@@ -333,47 +333,382 @@ def load(root, task, split, classes=None, image_size=64, cache=None, progress=No
     return Split(pixels[:n, None], pixels[n:, None], names)         # (N, 1, S, S), (N, 1, S, S)
 
 
-def progress_line(label, start=0):
-    """A progress(done, total) that writes `label 1200/33920 540/s 1:01 left` to stderr.
+class StatusLine:
+    """A line on stderr: on a terminal one that overwrites itself, elsewhere a line every 10 s; and the last one."""
 
-    On a terminal one line that overwrites itself, elsewhere a line about every 10 s; and a last one at done = total.
-    start: what had been done before, so that the rate of a resumed run counts only its own.
-    """
-    began = shown = time.monotonic()
+    def __init__(self):
+        self.shown = time.monotonic()
 
-    def clock(seconds):
-        minutes, s = divmod(round(seconds), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{s:02}" if minutes >= 60 else f"{minutes}:{s:02}"
+    def show(self, text, last=False):
+        now, tty = time.monotonic(), sys.stderr.isatty()
+        if last or now - self.shown >= (0.1 if tty else 10):
+            self.shown = now
+            print(f"\r{text:<78}" if tty else text, end="" if tty and not last else "\n", file=sys.stderr, flush=True)
+
+
+def clock(seconds):
+    """Seconds as 0:07, 12:05 or 1:02:03."""
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{s:02}" if minutes >= 60 else f"{minutes}:{s:02}"
+
+
+def progress_line(label):
+    """A progress(done, total) that shows `label 1200/33920 540/s 1:01 left`, and how long it took at done = total."""
+    status, began = StatusLine(), time.monotonic()
 
     def progress(done, total):
-        nonlocal shown
-        now, tty = time.monotonic(), sys.stderr.isatty()
-        if done <= start or done < total and now - shown < (0.1 if tty else 10):
-            return
-        shown, rate = now, (done - start) / max(now - began, 1e-9)
-        left = f"{clock((total - done) / rate)} left" if done < total else f"took {clock(now - began)}"
-        line = f"{label} {done}/{total} {rate:.{0 if rate >= 10 else 2}f}/s {left}"
-        print(f"\r{line:<70}" if tty else line, end="" if tty and done < total else "\n", file=sys.stderr, flush=True)
+        seconds = time.monotonic() - began
+        rate = done / max(seconds, 1e-9)
+        left = f"{clock((total - done) / rate)} left" if done < total else f"took {clock(seconds)}"
+        status.show(f"{label} {done}/{total} {rate:.{0 if rate >= 10 else 2}f}/s {left}", last=done == total)
 
     return progress
 
 
-# where the data is
+# ------------------------------------------------------------------------------------- where the data is
+
 
 def locate(data, task):
-    """--data -> (root, whether it holds phantoms). None: the first of DATA_HOMES in the layout, else the phantoms."""
+    """--data -> (root, whether it holds phantoms). None: the first of DATA_HOMES in the layout, else where the phantoms go."""
     if data is not None:
         tree = tree_folder(data, task)
-        return Path(data).expanduser(), any(f == PHANTOMS or (f / PHANTOMS_NOTE).is_file() for f in tree.parents)
+        return Path(data).expanduser(), any((f / PHANTOMS_NOTE).is_file() for f in tree.parents)
     for home in DATA_HOMES:
         try:
             tree_folder(home, task)
             return home, False
         except DataError:
             continue
-    ensure_phantoms(task)
     return PHANTOMS, True
 
 
-def ensure_phantoms(task):
-    raise NotImplementedError("chest phantoms are not merged yet")
+# ------------------------------------------------------------------------------------- chest phantoms
+#
+# Chest phantoms: generated frontal chest X-rays whose lung and infection masks are known exactly.
+#
+# A phantom is an attenuation map, a sum of anatomical parts, turned into gray values by a film curve.
+#
+# u, x, y     (size, size) float32, body coordinates: the picture shows about [-1, 1] x [-1, 1], x to the image's right,
+#             which is the patient's left, y downwards; x = 0 is the spine and u = |x|
+# q           u over the half width of the rib cage at that height: 0 at the spine, 1 at the inner chest wall
+# attenuation 0 is air, about 1 the soft tissue of the whole chest; negative contributions are air inside the body
+# z = x + iy  a point, for what is drawn as lines; `_Patient.strokes` turns points into pixels
+
+NAMES = {"COVID-19": "covid_{}.png", "Non-COVID": "non_COVID ({}).png", "Normal": "Normal ({}).png"}
+
+# What makes the masks hard to find: ranges, drawn anew for each phantom.
+DENSITY = {"COVID-19": (0.3, 1.0), "Non-COVID": (0.7, 1.1)}   # share of a lung's air that an opacity replaces
+FUZZ = 0.3, 1.2          # width of an opacity's border, in standard deviations of its field
+CONTRAST = 0.26, 0.56     # attenuation missing where there is air
+BEHIND = 0.1, 0.5         # share of the air that lies behind heart and diaphragm
+EDGE = 0.03, 0.26         # depth, in body units, over which the lung's edge fades in
+NOISE = 0.006, 0.03       # quantum noise, of the full gray scale
+EFFUSION = 0.30           # share of the phantoms with opacities that also have fluid over a diaphragm
+
+
+def _ramp(a):
+    """Smooth step: 0 below 0, 1 above 1."""
+    a = np.clip(a, 0, 1)
+    return a * a * (3 - 2 * a)
+
+
+def _dome(a):
+    """Chord of a round body, entered at a = 0 and at its full thickness from a = 1 on."""
+    return np.sqrt(1 - (1 - np.clip(a, 0, 1)) ** 2)
+
+
+def _radius(x, y):
+    return np.sqrt(x * x + y * y)          # np.hypot is five times slower
+
+
+def _wave(a):
+    """Distance to the nearest whole number, 0..0.5: what repeats along the spine."""
+    return np.abs(a - np.rint(a))
+
+
+def _resize(a, size, how=Image.Resampling.BICUBIC):
+    return np.asarray(Image.fromarray(a).resize((size, size), how))
+
+
+def _blur(a, cells):
+    """a without what is finer than 1/cells of the picture."""
+    return _resize(_resize(a, cells, Image.Resampling.BOX), len(a))
+
+
+class _Patient:
+    """The random draws all parts share: position in the picture, outline of the rib cage, lungs and heart.
+
+    air     (size, size)  0..1, thickness of lung in the beam
+    lung    (size, size)  bool, the mask: lungs in front of neither heart nor diaphragm
+    """
+
+    def __init__(self, rng, size):
+        self.rng, self.size = rng, size
+        n, between = rng.normal, rng.uniform
+        self.turn = np.exp(1j * n(0, 0.035))
+        self.scale, self.shift = between([0.82, 0.84], [1.16, 1.14]), complex(n(0, 0.05), n(0, 0.05))
+        p = ((np.arange(size) + 0.5) * 2 / size - 1).astype(np.float32)
+        z = (p + 1j * p[:, None] - np.complex64(self.shift)) * np.complex64(self.turn.conjugate())
+        y = z.imag / np.float32(self.scale[1])
+        x = z.real / np.float32(self.scale[0])
+        x = x - np.float32(n(0, 0.02)) * np.sin(2 * y + np.float32(n(0, 1)))                      # scoliosis
+        self.x, self.y, self.u, self.left = x, y, np.abs(x), x > 0
+
+        top, base, apex = n(-0.74, 0.04), n(0.5, 0.05), self.sides(0.30, 0.02)
+        t = np.clip((y - top) / (base - top), 0, 1)
+        pointed = between(0.1, 0.5)
+        self.wall = apex + (self.sides(0.74, 0.03) - apex) * ((1 - pointed) * _dome(t) + pointed * t * (2 - t))
+        inner = apex + (self.sides(0.12, 0.015) - apex) * _dome(t / 0.17)
+        self.q = self.u / self.wall
+        self.diaphragm = self.sides(n(0.36, 0.08), 0.04) + between(0.7, 1.6) * (self.u - self.sides(0.33, 0.04)) ** 2
+        self.border = self.sides(0.125, 0.02)                                                    # of the mediastinum, in u
+        for left, height, at, spread in ((0, 0.03, -0.35, 0.2), (0, 0.10, 0.2, 0.22),              # vena cava, right atrium
+                                         (1, 0.07, -0.34, 0.08), (1, 0.05, -0.14, 0.11),           # aortic knob, pulmonary trunk
+                                         (1, 0.28, 0.34, 0.27)):                                   # left ventricle
+            bump = height * n(1, 0.2) * np.exp(-((y - n(at, 0.025)) / spread) ** 2)
+            self.border += np.where(self.left == left, bump, 0)
+
+        cage = np.minimum(self.wall - self.u, self.u - inner) * (y > top)                         # distance to its walls
+        front = np.minimum(np.minimum(cage, self.u - self.border), self.diaphragm - y)
+        self.lung = front > 0
+        behind = np.minimum(cage, 0.9 * (self.diaphragm + 0.16 - y))                              # heart and diaphragm in front
+        haze = 1 - 0.25 * np.exp(-((self.u - 0.15) / 0.2) ** 2 - (y / 0.35) ** 2)
+        share = between(*BEHIND)
+        self.air = haze * ((1 - share) * (0.4 * _ramp(front / between(*EDGE)) + 0.6 * _dome(front / 0.22)) + share * _dome(behind / 0.2))
+
+    def sides(self, mean, sd):
+        """A number for each lung, as an array: the patient's right where x < 0, the left where x > 0."""
+        return np.where(self.left, *self.rng.normal(mean, sd, 2).astype(np.float32))
+
+    def noise(self, cells):
+        """(size, size) N(0, 1), smooth over 1/cells of the picture."""
+        a = _resize(self.rng.standard_normal((cells, cells), np.float32), self.size)
+        return a / a.std()
+
+    def strokes(self, lines):
+        """(size, size) 0..1: bundles of polylines (points z (lines, points), width, gray 0..1), drawn in order."""
+        picture = Image.new("L", (2 * self.size, 2 * self.size))                                  # finer, then reduced
+        draw = ImageDraw.Draw(picture)
+        for z, width, gray in lines:
+            p = (z.real * self.scale[0] + 1j * z.imag * self.scale[1]) * self.turn + self.shift + (1 + 1j)
+            for line in (p * self.size).astype(np.complex64).view(np.float32).tolist():           # x0, y0, x1, y1, ...
+                draw.line(line, round(255 * gray), max(1, round(width * self.size)))
+        return np.asarray(picture.reduce(2), np.float32) / 255
+
+
+def _body(b):
+    """Soft tissue: torso, shoulders, neck, chin, the arms beside them. 0 outside the body."""
+    n, y, u = b.rng.normal, b.y, b.u
+    slope = n(-0.78, 0.05)                                                                        # height of the shoulders
+    half = n(0.94, 0.04) + 0.2 * _ramp((0.1 - y) / 0.6)                                           # half width of the torso
+    half = half - (half - n(0.27, 0.03)) * np.sqrt(_ramp((slope + 0.2 - y) / 0.42))               # narrowing to the neck
+    torso = _dome(0.95 * (half - u) / half)
+    chin = _dome((1 - _radius(b.x / 0.42, (y - n(-1.35, 0.12)) / 0.4)) / 0.5)
+    arm = np.abs(u - b.sides(1.2, 0.08) - n(0.15, 0.08) * y)                                      # from its axis
+    arms = _ramp((y - slope) / 0.2) * (0.5 * _dome(1 - arm / 0.18) + 0.15 * _ramp((0.06 - arm) / 0.03))
+    return np.maximum(0.85 * torso, arms) + 0.3 * chin
+
+
+def _mediastinum(b):
+    """Heart, great vessels, hila, trachea (dark), spine with its vertebrae."""
+    n, y, u = b.rng.normal, b.y, b.u
+    heart = n(0.17, 0.03) * _dome((b.border - u) / 0.2) * _ramp((y + 0.75) / 0.4)
+    hila = 0.10 * np.exp(-((u - 0.17) / 0.06) ** 2 - ((y - b.sides(-0.06, 0.02)) / 0.11) ** 2)
+    r = _wave(y / n(0.115, 0.008) + n(0, 1))                                    # one vertebra
+    spine = _ramp((0.10 + 0.02 * r - u) / 0.04) * (0.7 + 0.3 * _ramp((0.45 - r) / 0.12))
+    spine += 0.4 * np.exp(-((u - 0.055) / 0.02) ** 2 - (r / 0.14) ** 2)                           # pedicles
+    trachea = _ramp((0.05 - np.abs(b.x + 0.01)) / 0.03) * _ramp((-0.2 - y) / 0.06)
+    return heart + hila + n(0.10, 0.03) * spine - 0.10 * trachea
+
+
+def _abdomen(b):
+    """Liver and stomach below the diaphragm, in part of the phantoms with gas under the left dome."""
+    n = b.rng.normal
+    depth = b.y - b.diaphragm
+    below = (0.10 * _dome(depth / 0.12) + 0.10 * _ramp(depth / 0.5)) * _ramp((1.12 - b.q) / 0.15)
+    gas = _radius((b.x - n(0.36, 0.06)) / n(0.13, 0.03), (depth - n(0.16, 0.04)) / n(0.08, 0.02)) + 0.15 * b.noise(12)
+    return below - (b.rng.random() < 0.5) * b.rng.uniform(0.1, 0.3) * _ramp((1 - gas) / 0.6)
+
+
+def _ribs(b):
+    """Posterior ribs, falling away from the spine, and fainter anterior ones, rising away from the sternum."""
+    n, t, d, cube = b.rng.normal, b.y + 0.75, 1 - np.minimum(b.q, 1), b.q * b.q * b.q
+    pitch = n(0.155, 0.01)
+    back = (1 + 0.5 * t) * (0.16 * cube - 0.05 * np.sin(2.6 * b.q))
+    front = (0.55 + 0.3 * t) * d * (0.7 + 0.3 * d)
+    air = 0.35 + 0.65 * _ramp((b.diaphragm + 0.1 - b.y) / 0.2)                                    # fainter below the diaphragm
+    bands = []
+    for curve, half, inner in (back, 0.21, 0.1), (front, 0.26, 0.38):
+        r = _wave((b.y - curve) / pitch + n(0, 1))
+        edge = 0.55 + 0.45 * np.clip(r / half, 0, 1) ** 2                                         # the cortex is denser
+        bands.append(_ramp((half - r) / 0.08) * edge * _ramp((b.u - inner) / 0.08))
+    rim = 0.6 + np.minimum(cube, 1) ** 2                                                         # seen edge-on at the wall
+    inside = air * _ramp((1.06 - b.q) / 0.04) * _ramp(t / 0.1)
+    return b.rng.uniform(0.06, 0.2) * inside * (bands[0] * rim + 0.35 * bands[1])
+
+
+def _shoulders(b):
+    """Clavicles, scapulae and heads of the humerus."""
+    n = b.rng.normal
+    c = b.u - 0.06
+    clavicle = np.abs(b.y - b.sides(n(-0.52, 0.05), 0.03) + b.sides(n(0.25, 0.1), 0.05) * c - 0.035 * np.sin(7 * c))
+    clavicle = _ramp((0.045 + 0.1 * (c - 0.4) ** 2 - clavicle) / 0.025) * _ramp((c - 0.02) / 0.06) * _ramp((0.85 - b.u) / 0.05)
+    edge = b.u - b.sides(0.70, 0.05) - n(0.18, 0.08) * b.y                                        # medial border of the scapula
+    scapula = _ramp(edge / 0.03) * _ramp((0.3 - edge) / 0.2) * _ramp((0.05 - b.y) / 0.4) * _ramp((b.y + 0.72) / 0.12)
+    head = _ramp((0.13 - _radius(b.u - 1.0, b.y + 0.62)) / 0.04)
+    return n(0.14, 0.03) * clavicle + n(0.10, 0.03) * scapula + 0.14 * head
+
+
+def _breasts(b):
+    """Soft shadows over the lower lungs, sharpest at their lower edge; faint or absent in half of the phantoms."""
+    x, y = b.sides(0.48, 0.05), b.sides(b.rng.normal(0.22, 0.08), 0.02)
+    return max(0, b.rng.normal(0.03, 0.06)) * _dome((1 - _radius((b.u - x) / 0.34, (b.y - y) / 0.30)) / 0.6)
+
+
+def _vessels(b):
+    """Arteries and veins: a tree of strokes from each hilum, halving in width as it forks; and a streak of atelectasis."""
+    rng, lines = b.rng, []
+    for side in -1, 1:
+        angle = np.linspace(-1.5, 1.4, 8) + rng.normal(0, 0.12, 8)
+        z = side * 0.16 + 1j * rng.normal(-0.05, 0.03, 8)
+        for width, gray in (0.024, 1.0), (0.016, 0.8), (0.011, 0.65), (0.008, 0.5), (0.006, 0.4):
+            way = rng.uniform(0.07, 0.14, len(z)) * (side * np.cos(angle) + 1j * np.sin(angle))
+            lines.append((np.stack([z, z + way], -1), width, gray))
+            z, angle = np.repeat(z + way, 2), np.repeat(angle, 2) + rng.normal(0, 0.38, 2 * len(z))
+    z = complex(rng.choice([-1, 1]) * rng.uniform(0.25, 0.6), rng.uniform(0, 0.35))
+    lines.append((np.array([[z, z + rng.uniform(0.1, 0.3) * np.exp(1j * rng.normal(0, 0.5))]]), 0.015, rng.uniform(0, 1)))
+    return b.air * (rng.uniform(0.08, 0.18) * b.strokes(lines[::-1]) + 0.015 * b.noise(70))
+
+
+def _opacity(b, kind):
+    """Share of air replaced, 0..1, and the mask of an infection.
+
+    An opacity is where a smooth random field is above the level that a share of the lungs exceeds. COVID-19 prefers
+    the periphery and the bases of both lungs, Non-COVID one lobe; its mask is blank, as in COVID-QU-Ex.
+    """
+    covid, rng = kind == "COVID-19", b.rng
+    field = b.noise(5) + 0.35 * b.noise(14) + rng.normal(1.8, 0.8) * b.y
+    if covid:
+        field += 2 * b.q + b.sides(0, 0.5)
+        share = 0.06 + 0.8 * rng.beta(2, 2)
+    else:
+        field -= 6 * _radius(b.x - rng.choice([-1, 1]) * rng.uniform(0.3, 0.55), b.y - rng.uniform(-0.4, 0.4))
+        share = rng.uniform(0.1, 0.5)
+    above = (field - np.quantile(field[b.lung], 1 - share)) / rng.uniform(*FUZZ)
+    texture = 1 + 0.08 * b.noise(20) + 0.12 * b.noise(50)
+    density = rng.uniform(*DENSITY[kind]) * _ramp(above / 2 + 0.4) * texture
+    if rng.random() < EFFUSION:                                                                   # hides the base, is no infection
+        density = density + _ramp((b.y - b.diaphragm + b.sides(0.1, 0.15) + 0.1 * b.q) / 0.2)
+    return np.clip(density, 0, 1), (above > 0) & b.lung & covid
+
+
+def _devices(b):
+    """Tubes, leads and electrodes over some of the patients."""
+    rng, lines = b.rng, []
+    s = np.linspace(0, 1, 12)
+    for _ in range(rng.integers(1, 4)):                                                           # leads
+        ends = rng.uniform(-0.9, 0.9, 4) + 1j * rng.uniform([-1.1, -0.6, -0.4, 0], [-0.6, 0.3, 0.8, 1.1])
+        z = ends[0] * (1 - s) ** 3 + 3 * ends[1] * s * (1 - s) ** 2 + 3 * ends[2] * s * s * (1 - s) + ends[3] * s**3
+        ring = ends[3] + 0.035 * np.exp(2j * math.pi * s)
+        lines += [(z[None], 0.012, rng.uniform(0.4, 1)), (ring[None], 0.02, 1.0)]
+    tube = 0.02 * np.sin(3 * s) + 1j * (-1.1 + s * rng.choice([0.75, 1.9]))                        # in the trachea or the stomach
+    return b.strokes(lines + [(tube[None], 0.022, rng.uniform(0.3, 0.9))])
+
+
+def _letter(b):
+    """A burnt-in side marker, R or L, beside the shoulder."""
+    rng = b.rng
+    right = rng.random() < 0.7
+    letter = np.array([1j, 0, 0.45, 0.6 + 0.12j, 0.6 + 0.38j, 0.45 + 0.5j, 0.5j, 0.25 + 0.5j, 0.65 + 1j] if right else [0, 1j, 0.6 + 1j])
+    corner = (-0.95 if right else 0.85) + 1j * rng.uniform(-0.95, -0.4)
+    return b.strokes([(corner + rng.uniform(0.08, 0.14) * letter[None], 0.022, 1.0)])
+
+
+def _film(b, a):
+    """Attenuation -> gray values in [0, 1]: scatter, window, film curve, quantum noise, collimation."""
+    rng = b.rng
+    a = a + _ramp(a / 0.2) * (0.025 * b.noise(5) + 0.012 * b.noise(40) - rng.uniform(0, 0.5) * (_blur(a, 8) - a.mean()))
+    low, high = np.quantile(a[::4, ::4], [0.1, 0.97]).astype(np.float32)
+    v = 1 / (1 + np.exp(rng.uniform(3, 4.5) * ((low + high) / 2 - a) / (high - low) + rng.normal(0, 0.4)))
+    v = rng.uniform(-0.1, 0.06) + v * rng.uniform(0.85, 1.05)
+    v += rng.uniform(*NOISE) * rng.standard_normal(v.shape, np.float32) * (0.3 + v)
+    if rng.random() < 0.15:                                                                       # edges of the collimator
+        v = v * (np.maximum(abs(b.x), abs(b.y)) < rng.uniform(0.95, 1.1))
+    return v
+
+
+def phantom(seed, index, kind, size=256):
+    """Phantom number `index`: (image uint8, lung bool, infection bool), each (size, size); a function of its arguments.
+
+    kind    one of CLASSES; opacities only where kind is not Normal, an infection mask only where it is COVID-19
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed, index]))
+    b = _Patient(rng, size)
+    air, infection = b.air, np.zeros_like(b.lung)
+    if kind != "Normal":
+        density, infection = _opacity(b, kind)
+        air = air * (1 - density)
+    a = _body(b) + _mediastinum(b) + _abdomen(b) + _ribs(b) + _shoulders(b) + _breasts(b) + _vessels(b)
+    a = a - rng.uniform(*CONTRAST) * air
+    if rng.random() < 0.35:
+        a = a + 0.25 * _devices(b)
+    v = _film(b, a)
+    if rng.random() < 0.6:
+        v = np.maximum(v, _letter(b))
+    return (np.clip(v, 0, 1) * 255).round().astype(np.uint8), b.lung, infection
+
+
+def _write_one(folder, kind, index, seed, size, infections):
+    """Phantom `index` as PNG files in `folder`, in COVID-QU-Ex's layout: 0 and 255 in the masks."""
+    image, lung, infection = phantom(seed, index, kind, size)
+    parts = {"images": image, "lung masks": lung * np.uint8(255)}
+    if infections:
+        parts["infection masks"] = infection * np.uint8(255)
+    for part, pixels in parts.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / part / NAMES[kind].format(index))
+
+
+def write_phantoms(root, tree, counts, seed=0, size=256, progress=None):
+    """Write a set of phantoms in the layout of COVID-QU-Ex; its path <root>/<tree> appears when it is complete.
+
+    tree      "Lung Segmentation Data" or "Infection Segmentation Data"; the second has infection masks too
+    counts    {split: {class: number of phantoms}}, the splits and classes in the order in which they are numbered
+    progress  called as progress(done, total) after each phantom, or None
+
+    A phantom's number, its index, is unique over the tree, so no picture is in two splits.
+    """
+    root = Path(root)
+    if (root / tree).exists():
+        raise FileExistsError(f"phantoms are written to a new folder, and {root / tree} is there already")
+    root.mkdir(parents=True, exist_ok=True)
+    (root / PHANTOMS_NOTE).write_text("Chest phantoms: generated pictures, not X-rays of people.\n")
+    partial = root / f".{tree}.{os.getpid()}"
+    jobs = [(partial / tree / split / kind, kind) for split in counts for kind, n in counts[split].items() for _ in range(n)]
+    try:
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+            writing = [pool.submit(_write_one, *job, i, seed, size, tree.startswith("Infection")) for i, job in enumerate(jobs, 1)]
+            for done, future in enumerate(as_completed(writing), 1):
+                future.result()
+                if progress:
+                    progress(done, len(jobs))
+        partial.rename(root / tree)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+PHANTOM_COUNTS = {
+    "Lung Segmentation Data": {
+        split: dict.fromkeys(CLASSES, n) for split, n in (("Train", 400), ("Val", 100), ("Test", 20))
+    },
+    "Infection Segmentation Data": {
+        split: {"COVID-19": n, "Non-COVID": n // 8, "Normal": n // 8} for split, n in (("Train", 800), ("Val", 200), ("Test", 80))
+    },
+}
+
+
+def ensure_phantoms(task, progress=None):
+    """The phantoms of a task in PHANTOMS, drawn on the first call; no picture is in both trees."""
+    tree = TREES[task]
+    if not (PHANTOMS / tree).is_dir():
+        write_phantoms(PHANTOMS, tree, PHANTOM_COUNTS[tree], seed=list(PHANTOM_COUNTS).index(tree), progress=progress)

@@ -75,7 +75,7 @@ def scores(counts):
         specificity,
         (sensitivity + specificity) / 2,
         ratio(TP, TP + FP),
-        ratio(TP * TN - FP * FN, np.sqrt(TP + FP) * np.sqrt(TP + FN) * np.sqrt(TN + FP) * np.sqrt(TN + FN)),
+        ratio(TP * TN - FP * FN, np.sqrt((TP + FP) * (TP + FN)) * np.sqrt((TN + FP) * (TN + FN))),
     )
     return {name: value if value.ndim else float(value) for name, value in zip(NAMES, values)}
 

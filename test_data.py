@@ -155,15 +155,23 @@ def test_files_of_other_number_kinds_are_refused(tmp_path, image, suffix, rule):
 
 
 def test_damaged_files_are_refused(tmp_path):
-    good = save(tmp_path / "x.png", GRAY, compress_level=0).read_bytes()
-    flipped = bytearray(good)
-    flipped[good.index(b"IDAT") + 30] ^= 1          # one bit of one pixel: only the chunk's checksum knows
-    for content in (good[:len(good) // 2], flipped, b"not a picture", b""):
+    good = save(tmp_path / "x.png", GRAY).read_bytes()
+    for content in (good[:len(good) // 2], good[:-20], b"not a picture", b""):
         (tmp_path / "x.png").write_bytes(content)
         with pytest.raises(data.DataError, match=r"x\.png: cannot be read: \S"):
             data.read_gray(tmp_path / "x.png")
     with pytest.raises(data.DataError, match=r"gone\.png: cannot be read"):
         data.read_gray(tmp_path / "gone.png")
+
+
+def test_a_flipped_bit_anywhere_in_the_pixels_of_a_file_is_noticed(tmp_path):
+    good = save(tmp_path / "x.png", np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)).read_bytes()
+    for at in range(good.index(b"IDAT") + 4, good.index(b"IEND") - 4):
+        bad = bytearray(good)
+        bad[at] ^= 4
+        (tmp_path / "x.png").write_bytes(bad)
+        with pytest.raises(data.DataError, match=r"x\.png: cannot be read"):
+            data.read_gray(tmp_path / "x.png")
 
 
 INSIDE = np.tri(8, dtype=bool)
@@ -395,11 +403,11 @@ def test_the_tasks_and_any_choice_of_classes_share_the_cache_and_sizes_and_split
     assert decoded[3:] == [14, 14, 5]
 
 
-def test_two_data_sets_in_one_cache_keep_apart(tmp_path, load):
+def test_two_data_sets_in_one_cache_keep_apart(tmp_path, load, decoded):
     write_tree(tmp_path / "other", seed=1)
     first = load()
     other = data.load(tmp_path / "other", "lung", "Train", None, SIZE, tmp_path / "cache")
-    assert not np.array_equal(first.images, other.images) and same(load(), first)
+    assert not np.array_equal(first.images, other.images) and same(load(), first) and decoded == [14, 14, 0]
 
 
 @pytest.mark.parametrize("folder", ["images", "lung masks"])
@@ -424,10 +432,15 @@ def test_a_file_of_another_length_is_decoded_again_though_its_time_is_the_same(h
 
 
 def test_files_that_come_and_go_are_seen(here, load):
-    load()
+    for file in here.glob("*/*"):                   # all of one length and one time: only the names tell
+        save(file, np.asarray(Image.open(file)), compress_level=0)
+        os.utime(file, (0, 0))
+    first = load()
     for folder in here.iterdir():
         (folder / "covid_1.png").rename(folder / "covid_3.png")
-    assert load().names[:3] == ["COVID-19/covid_10.png", "COVID-19/covid_2.PNG", "COVID-19/covid_3.png"]
+    s = load()
+    assert s.names[:3] == ["COVID-19/covid_10.png", "COVID-19/covid_2.PNG", "COVID-19/covid_3.png"]
+    assert np.array_equal(s.images[:3], first.images[[1, 2, 0]]) and np.array_equal(s.masks[:3], first.masks[[1, 2, 0]])
 
 
 def test_a_flipped_byte_anywhere_in_the_cache_is_noticed(load, tmp_path, capsys):
@@ -514,15 +527,15 @@ def test_progress_counts_every_file_to_be_decoded(load):
     assert calls == [(i, 14) for i in range(1, 15)]
 
 
-def test_the_progress_line_says_rate_and_time_left(monkeypatch, capsys):
+def test_the_progress_line_says_rate_and_time_left_every_ten_seconds(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(data.time, "monotonic", lambda: now[0])
-    progress = data.progress_line("decoding", start=200)
-    for seconds, done in ((1, 700), (20, 1200), (21, 1250), (3720, 33920)):
+    progress = data.progress_line("decoding")
+    for seconds, done in ((1, 500), (20, 1000), (21, 1050), (3720, 33920)):
         now[0] = 100.0 + seconds
         progress(done, 33920)
-    assert capsys.readouterr().err == ("decoding 1200/33920 50/s 10:54 left\n"          # 32720 left at 1000 in 20 s
-                                       "decoding 33920/33920 9.06/s took 1:02:00\n")
+    assert capsys.readouterr().err == ("decoding 1000/33920 50/s 10:58 left\n"          # 32920 left, at 1000 in 20 s
+                                       "decoding 33920/33920 9.12/s took 1:02:00\n")
 
 
 def test_on_a_terminal_the_progress_line_overwrites_itself(monkeypatch, capsys):
@@ -533,8 +546,8 @@ def test_on_a_terminal_the_progress_line_overwrites_itself(monkeypatch, capsys):
     for done in (1, 2, 3):
         now[0] = float(done)
         progress(done, 3)
-    assert [line.strip() for line in capsys.readouterr().err.split("\r")] == [
-        "", "x 1/3 1.00/s 0:02 left", "x 2/3 1.00/s 0:01 left", "x 3/3 1.00/s took 0:03"]
+    lines = ["x 1/3 1.00/s 0:02 left", "x 2/3 1.00/s 0:01 left", "x 3/3 1.00/s took 0:03"]
+    assert capsys.readouterr().err == "".join(f"\r{line:<78}" for line in lines) + "\n"
 
 
 # where the data is

@@ -191,6 +191,8 @@ def configure(args, device):
         raise UserError("--ensemble averages masks; --task synthesis has none")
     if args.steps is not None and args.epochs is not None:
         raise UserError("--steps and --epochs say the same thing twice; give one")
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps must be at least 1, got {args.steps}")
     preset = args.preset or ("small" if device.type == "cpu" else "report")
     cond = None if args.task == "synthesis" else "concat"
     settings = dict(task=args.task, cond=cond, preset=preset, precision="bf16" if bf16_is_fast(device) else "fp32")
@@ -225,10 +227,14 @@ def check(cfg):
         raise UserError(f"--classes must be some of {', '.join(data.CLASSES)}, got {', '.join(cfg.classes)}")
 
 
-def default_device():
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def choose_device(name=None):
+    """--device as a torch.device that works here; None: the best there is."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise UserError(f"--device {name} does not work here: {str(e).splitlines()[0]}") from e
 
 
 def bf16_is_fast(device):
@@ -254,7 +260,7 @@ def build_model(cfg):
 
 
 def autocast(cfg, device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.precision == "bf16")
 
 
 # ------------------------------------------------------------------------------------- training
@@ -403,25 +409,25 @@ def eps_model_of(model, cfg, s, device, progress=None):
 
 
 @torch.inference_mode()
-def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None):
+def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None, seed=EVAL_SEED):
     """Masks for X-rays by DDIM: (B, members, 1, H, W) in [-1, 1].
 
     y      (B, 1, H, W) in [-1, 1], on the device
-    index  B ints: image i's noise comes from (EVAL_SEED, i) alone
+    index  B ints: image i's noise comes from (seed, i) alone
     """
     s = diffusion.linear_schedule(cfg.T)
     with autocast(cfg, device):
         e = model.embed(y).repeat_interleave(members, 0)
-    noise = diffusion.ImageNoise(EVAL_SEED, index, y.shape[1:], members, device)
+    noise = diffusion.ImageNoise(seed, index, y.shape[1:], members, device)
     x0 = diffusion.ddim_sample(s, eps_model_of(model, cfg, s, device, progress), noise, e, cfg.ddim_steps, cfg.eta)
     return x0.unflatten(0, (len(y), members))
 
 
 @torch.inference_mode()
-def sample_images(model, cfg, index, device="cpu", progress=None):
-    """X-rays from noise by DDIM: (B, 1, H, W) in [-1, 1]; image i from (EVAL_SEED, i) alone."""
+def sample_images(model, cfg, index, device="cpu", progress=None, seed=EVAL_SEED):
+    """X-rays from noise by DDIM: (B, 1, H, W) in [-1, 1]; image i from (seed, i) alone."""
     s = diffusion.linear_schedule(cfg.T)
-    noise = diffusion.ImageNoise(EVAL_SEED, index, (1, cfg.image_size, cfg.image_size), device=device)
+    noise = diffusion.ImageNoise(seed, index, (1, cfg.image_size, cfg.image_size), device=device)
     return diffusion.ddim_sample(s, eps_model_of(model, cfg, s, device, progress), noise, None, cfg.ddim_steps, cfg.eta)
 
 
@@ -432,7 +438,7 @@ def chosen(N, n):
 
 def pieces(rows, device, members=1):
     """Rows in batches that fit: a hint of size only; no number depends on it."""
-    size = max(1, (256 if device.type == "cuda" else 32) // members)
+    size = max(1, (256 if torch.device(device).type == "cuda" else 32) // members)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
@@ -530,7 +536,8 @@ def markdown_table(cfg, line):
     n, m = line["Train"]["images"], line["Val"]["images"]
     head = f"{cfg.task} masks, {cfg.cond}, {what}"
     rows = [
-        f"| {head} | report's Table {number}: addition | concatenation | here, {n} of train | **here, {m} of validation** | mean ± sd of the images |",
+        f"| {head} | report, Table {number}: addition | report: concatenation "
+        f"| here: {n} of train | **here: {m} of validation** | mean ± sd of the images |",
         "|---|---|---|---|---|---|",
     ]
     for name, (add, concat) in REPORT_TABLES[cfg.task].items():
@@ -762,7 +769,7 @@ def find_data(cfg, given):
 
 
 def start(args):
-    device = torch.device(args.device) if args.device else default_device()
+    device = choose_device(args.device)
     cfg, folder, state = prepare(args, device)
     sizes = describe(cfg)
     if args.dry_run:
@@ -802,7 +809,7 @@ def main(argv=None):
     args = parse(argv)
     try:
         return start(args)
-    except (UserError, data.DataError) as e:
+    except (UserError, data.DataError, OSError) as e:
         print(f"train.py: error: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:

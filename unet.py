@@ -219,7 +219,7 @@ class UNet(nn.Module):
         if xt.shape[1] != self.in_channels or xt.shape[2] % self.shrinks or xt.shape[3] % self.shrinks:
             rule = f"{self.in_channels} channels and sides divisible by {self.shrinks}"
             raise ValueError(f"this U-Net takes images of {rule}, got {tuple(xt.shape)}")
-        emb = self.time(timestep_embedding(t, self.channels))  # (B, 4 channels)
+        emb = self.time(timestep_embedding(t, self.channels).to(xt.dtype))  # (B, 4 channels)
         h = self.stem(xt)
         skips = [h]
         for block in self.encoder:

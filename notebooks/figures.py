@@ -99,3 +99,24 @@ def save_curves(path, lines, title):
         ax.grid(alpha=0.3)
     fig.suptitle(title, fontsize=10)
     fig.savefig(path, dpi=110)
+
+
+def save_overlay(path, image, mask, title, true=None):
+    """The outline of a mask on an X-ray of any size, dashed, and of the true mask, if there is one, solid.
+
+    image  (H, W) uint8;  mask, true  (H, W) bool
+    """
+    H, W = image.shape
+    height = 7 * min(max(H / W, 0.3), 3)  # inches; a strip of pixels still gets a picture
+    fig, ((ax,),) = figure(1, 1, 7, height + 0.6)
+    show(ax, image)
+    drawn = [("sampled mask, dashed orange", mask, SAMPLED, "dashed")]
+    if true is not None:
+        drawn.insert(0, ("true mask, solid green", true, TRUE, "solid"))
+    for _, outline, colour, style in drawn:
+        if min(H, W) > 1:  # contours need a plane
+            contour(ax, np.uint8(255) * outline, colour, style)
+    labels = [label + ("" if outline.any() else " (empty)") for label, outline, *_ in drawn]
+    ax.set_title("; ".join(labels), fontsize=9)
+    fig.suptitle(title, fontsize=9)
+    fig.savefig(path, dpi=150)

@@ -1,0 +1,461 @@
+"""sample.py: what a person gets from a trained run. No training: random weights, or a network whose answer is known."""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import metrics
+import sample
+import train
+from notebooks import figures
+from unet import ConditionalUNet
+
+S = 16  # the network's image size
+
+
+def config(task="lung", **changes):
+    settings = {"task": task, "cond": None if task == "synthesis" else "none", "image_size": S, "ddim_steps": 3}
+    settings |= {"channels": 16, "channel_mult": (1, 2), "blocks": 1, "attention_levels": (1,), "head_channels": 16}
+    return train.Config(**settings | {"growth": 4} | changes)
+
+
+def write_run(folder, cfg):
+    """A run folder with last.pt; every weight is random, so that the mask depends on the X-ray and on x_T."""
+    model = train.build_model(cfg)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    folder.mkdir()
+    state = {"config": dataclasses.asdict(cfg), "step": 7, "ema": model.state_dict()}
+    torch.save(state, folder / "last.pt")
+    return folder
+
+
+@pytest.fixture
+def lung(tmp_path):
+    return write_run(tmp_path / "lung", config())
+
+
+@pytest.fixture
+def synthesis(tmp_path):
+    return write_run(tmp_path / "synthesis", config("synthesis"))
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A lung run that answers, as x_0, the X-ray itself: so the mask is where the X-ray is brighter than middle gray."""
+    monkeypatch.setattr(ConditionalUNet, "denoise", lambda self, xt, t, e: e)
+    return write_run(tmp_path / "mirror", config(target="x0"))
+
+
+@pytest.fixture(autouse=True)
+def overlays(monkeypatch):
+    """What save_overlay was given; drawing takes a while and is tested by itself."""
+    calls, real = [], figures.save_overlay
+
+    def record(path, **given):
+        path.write_bytes(b"drawn")
+        calls.append(given)
+
+    record.real = real
+    monkeypatch.setattr(figures, "save_overlay", record)
+    return calls
+
+
+@pytest.fixture
+def call(capsys):
+    """call(arguments) -> (exit status, stdout, stderr) of sample.py on the CPU."""
+
+    def call(*args):
+        try:
+            status = sample.main([*map(str, args), "--device", "cpu"])
+        except SystemExit as e:
+            status = e.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def save(path, a):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(a).save(path)
+    return path
+
+
+def read(path):
+    return np.asarray(Image.open(path))
+
+
+def xrays(folder, n=3, size=(S, S)):
+    rng = np.random.default_rng(0)
+    return [save(folder / f"x{i}.png", rng.integers(0, 256, size, dtype=np.uint8)) for i in range(n)]
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()} if folder.exists() else {}
+
+
+# masks at the X-ray's own size
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("size", [(S, S), (3 * S, 2 * S), (2 * S, 6 * S), (S // 2, S // 4)])
+def test_the_mask_lies_on_its_xray_at_its_own_size_whatever_its_shape(mirror, call, tmp_path, size, axis, depth):
+    bars = np.array([True, True, False, True]) if axis else np.array([False, True, False, False])  # mirrored: others
+    inside = np.broadcast_to(bars.repeat(size[axis] // 4).reshape((-1, 1) if axis == 0 else (1, -1)), size)
+    top = np.iinfo(depth).max
+    path = save(tmp_path / "in" / "a.b.png", np.where(inside, top, 0).astype(depth))
+    assert call(mirror, "--images", path)[0] == 0
+    mask = read(mirror / "samples" / "a.b-mask.png")
+    assert mask.dtype == np.uint8 and np.array_equal(mask, np.uint8(255) * inside)
+
+
+def test_the_mask_is_enlarged_before_it_is_thresholded(mirror, call, tmp_path):
+    """An edge inside one of the network's pixels is found: 10 pixels of the X-ray to one of the network's."""
+    ramp = np.clip(2 * np.arange(10 * S) - 41.5, 0, 255).round().astype(np.uint8)  # 126 in column 84, 128 in 85
+    path = save(tmp_path / "in" / "ramp.png", np.tile(ramp, (8, 1)))
+    assert call(mirror, "--images", path)[0] == 0
+    first = (read(mirror / "samples" / "ramp-mask.png") > 0).argmax(1)
+    assert set(first) == {85}
+
+
+def test_xrays_of_one_pixel_a_side_and_empty_masks_are_no_special_case(mirror, call, tmp_path):
+    for name, size in (("dot", (1, 1)), ("row", (1, 9)), ("dark", (20, 30))):
+        path = save(tmp_path / "in" / f"{name}.png", np.full(size, 90, np.uint8))
+        status, _, err = call(mirror, "--images", path)
+        assert status == 0, err
+        assert read(mirror / "samples" / f"{name}-mask.png").shape == size
+        assert not read(mirror / "samples" / f"{name}-mask.png").any()
+
+
+@pytest.mark.parametrize("cond", ["none", "concat", "add", "cross"])
+def test_the_mask_is_the_one_that_train_evaluates(tmp_path, call, cond):
+    run = write_run(tmp_path / "run", config(cond=cond, ensemble=2, task="infection"))
+    paths = xrays(tmp_path / "in")
+    assert call(run, "--images", *paths)[0] == 0
+    model, cfg, _ = train.load_run(run)
+    images = np.stack([read(p)[None] for p in paths])
+    masks = train.segment(model, cfg, images, np.arange(3), torch.device("cpu"))
+    assert 0 < (masks > 0).float().mean() < 1
+    for path, mask in zip(paths, masks):
+        assert np.array_equal(read(run / "samples" / f"{path.stem}-mask.png") > 0, mask[0].numpy() > 0)
+
+
+def test_grouping_changes_nothing(lung, call, tmp_path, monkeypatch):
+    """The result of image i is that of its place in the list, however many go through the network together."""
+    paths, ensemble = xrays(tmp_path / "in", 5), ("--ensemble", 3)
+    assert call(lung, "--images", *paths, *ensemble, "--out", tmp_path / "all")[0] == 0
+    assert call(lung, "--images", *paths[:2], *ensemble, "--out", tmp_path / "two")[0] == 0
+    monkeypatch.setattr(train, "pieces", lambda rows, device, members=1: np.array_split(rows, 3))
+    assert call(lung, "--images", *paths, *ensemble, "--out", tmp_path / "split")[0] == 0
+    for path in paths:
+        for kind in ("mask", "mean", "disagreement"):
+            name = f"{path.stem}-{kind}.png"
+            others = ["split", "two"] if path in paths[:2] else ["split"]
+            for other in others:
+                difference = np.abs(read(tmp_path / "all" / name).astype(int) - read(tmp_path / other / name))
+                assert difference.max() <= 1 if kind != "mask" else (difference > 0).mean() < 0.01
+    names = [f"{p.stem}-mean.png" for p in paths]
+    assert len({read(tmp_path / "all" / name).tobytes() for name in names}) == 5
+
+
+def test_the_seed_chooses_the_noise(lung, call, tmp_path):
+    path = xrays(tmp_path / "in", 1)[0]
+    for seed in (0, 1, 2**63 - 1):
+        assert call(lung, "--images", path, "--seed", seed, "--out", tmp_path / str(seed))[0] == 0
+    assert call(lung, "--images", path, "--out", tmp_path / "default")[0] == 0
+    masks = {name: read(tmp_path / name / "x0-mask.png").tobytes() for name in ("0", "1", str(2**63 - 1), "default")}
+    assert masks["default"] == masks["0"] and len(set(masks.values())) == 3
+
+
+def test_ddim_steps_and_ensemble_are_passes_of_the_network(lung, call, tmp_path, monkeypatch):
+    passes, denoise = [], ConditionalUNet.denoise
+    monkeypatch.setattr(ConditionalUNet, "denoise", lambda *args: passes.append(len(args[1])) or denoise(*args))
+    _, out, err = call(lung, "--images", *xrays(tmp_path / "in"), "--ddim-steps", 5, "--ensemble", 2)
+    assert sum(passes) == 3 * 2 * 5 and "passes 30/30" in err and "5 DDIM steps" in out
+
+
+# ensembles
+
+
+def test_mean_and_disagreement_are_those_of_the_members(lung, call, tmp_path):
+    paths = xrays(tmp_path / "in", 2)
+    assert call(lung, "--images", *paths, "--ensemble", 4)[0] == 0
+    model, cfg, _ = train.load_run(lung)
+    y = data.to_float(np.stack([read(p)[None] for p in paths]))
+    members = train.sample_masks(model, cfg, y, [0, 1], 4)[:, :, 0].numpy().astype(np.float64)
+    for x, path in zip(members, paths):
+        mean, spread = ((x + 1) / 2).mean(0), ((x + 1) / 2).std(0)  # of masks in [0, 1]; the spread is at most 1/2
+        found = {kind: read(lung / "samples" / f"{path.stem}-{kind}.png") for kind in ("mask", "mean", "disagreement")}
+        assert np.abs(found["mean"] - 255 * mean).max() < 0.51
+        assert np.abs(found["disagreement"] - 510 * spread).max() < 0.51 and found["disagreement"].max() > 100
+        sure = np.abs(mean - 0.5) > 1e-5
+        assert np.array_equal(found["mask"][sure], 255 * (mean > 0.5)[sure])
+
+
+def test_members_that_agree_disagree_nowhere(mirror, call, tmp_path):
+    path = xrays(tmp_path / "in", 1)[0]
+    assert call(mirror, "--images", path, "--ensemble", 5)[0] == 0
+    assert read(mirror / "samples" / "x0-disagreement.png").max() == 0
+    assert np.array_equal(read(mirror / "samples" / "x0-mean.png"), read(path))
+
+
+def test_half_inside_and_half_outside_is_the_largest_disagreement(lung, call, tmp_path, monkeypatch):
+    halves = torch.tensor([-1.0, 1.0, 1.0, -1.0]).reshape(1, 4, 1, 1, 1).expand(1, 4, 1, S, S)
+    monkeypatch.setattr(train, "sample_masks", lambda *args, **kwargs: halves)
+    path = xrays(tmp_path / "in", 1, (40, 24))[0]
+    assert call(lung, "--images", path, "--ensemble", 4)[0] == 0
+    disagreement = read(lung / "samples" / "x0-disagreement.png")
+    assert disagreement.shape == (40, 24) and (disagreement == 255).all()
+
+
+def test_one_mask_has_no_ensemble_pictures_and_the_runs_own_ensemble_is_the_default(tmp_path, call):
+    run, path = write_run(tmp_path / "run", config(ensemble=3)), xrays(tmp_path / "in", 1)[0]
+    assert call(run, "--images", path, "--ensemble", 1, "--out", tmp_path / "one")[0] == 0
+    assert set(contents(tmp_path / "one")) == {"x0-mask.png", "x0-overlay.png"}
+    assert call(run, "--images", path)[0] == 0
+    assert set(contents(run / "samples")) == {f"x0-{kind}.png" for kind in ("mask", "overlay", "mean", "disagreement")}
+
+
+# scores
+
+
+def test_the_table_is_that_of_the_mask_files(lung, call, tmp_path):
+    """§4.3 at the X-ray's own size; the last line pools the pixels of X-rays of different size."""
+    sizes, rng, images, masks = [(S, S), (30, 50), (41, 7)], np.random.default_rng(1), [], []
+    for i, size in enumerate(sizes):
+        images.append(save(tmp_path / "in" / f"x|{i}.png", rng.integers(0, 256, size, dtype=np.uint8)))
+        true = rng.random(size) < 0.3 if i < 2 else np.zeros(size, bool)
+        masks.append(save(tmp_path / "true" / f"x|{i}.png", np.uint8(255) * true))
+    _, out, _ = call(lung, "--images", *images, "--masks", *masks)
+    text = (lung / "samples" / "scores.md").read_text()
+    assert text.strip() in out and "nan is 0/0" in text  # the third truth is empty
+    rows = [line.replace(r"\|", "_").strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in rows[0]] == ["image", *metrics.NAMES]
+    found = [read(lung / "samples" / f"{p.stem}-mask.png") > 0 for p in images]
+    true = [read(p) > 0 for p in masks]
+    pairs = [*zip(found, true), [np.concatenate([a.ravel() for a in arrays]) for arrays in (found, true)]]
+    assert len(rows) == 2 + 4
+    for row, (a, b) in zip(rows[2:], pairs):
+        expected = metrics.scores(metrics.confusion(a[None], b[None]).pooled())
+        assert [cell.strip(" *") for cell in row[1:]] == [f"{expected[name]:.4f}" for name in metrics.NAMES]
+    assert [row[0].strip() for row in rows[2:]] == ["x_0.png", "x_1.png", "x_2.png", "**all pixels together**"]
+
+
+def test_no_table_without_masks(lung, call, tmp_path):
+    _, out, _ = call(lung, "--images", *xrays(tmp_path / "in", 1))
+    assert "DICE" not in out and "scores.md" not in contents(lung / "samples")
+
+
+# pictures
+
+
+def test_the_overlay_shows_the_xray_the_written_mask_and_the_true_one(lung, call, tmp_path, overlays):
+    path = save(tmp_path / "in" / "a.png", np.random.default_rng(0).integers(0, 65536, (30, 50), dtype=np.uint16))
+    true = save(tmp_path / "a-true.png", np.uint8(255) * np.eye(30, 50, dtype=bool))
+    assert call(lung, "--images", path, "--masks", true)[0] == 0
+    (given,) = overlays
+    assert np.array_equal(given["image"], data.read_gray(path)) and np.array_equal(given["true"], read(true) > 0)
+    assert np.array_equal(given["mask"], read(lung / "samples" / "a-mask.png") > 0)
+    assert given["title"] == "a\nlung none, trained on X-rays, step 7; not for diagnosis"
+
+
+def test_save_overlay_draws_outlines_where_the_masks_are(tmp_path):
+    """Orange along the sampled mask, green along the true one, each at its place."""
+    draw = figures.save_overlay.real
+    left, right = np.zeros((2, 60, 100), bool)
+    left[20:40, 10:30] = right[20:40, 70:90] = True
+    gray = np.full((60, 100), 128, np.uint8)
+
+    def columns(colour, **masks):
+        draw(tmp_path / "o.png", gray, title="", **masks)
+        rgb = np.asarray(Image.open(tmp_path / "o.png").convert("RGB")).astype(int)
+        colour = [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
+        x = np.flatnonzero((np.abs(rgb - colour).max(2) < 30).any(0)) / rgb.shape[1]
+        return (x.min(), x.max()) if len(x) else None
+
+    assert columns(figures.SAMPLED, mask=left) == pytest.approx((0.1, 0.3), abs=0.02)
+    assert columns(figures.TRUE, mask=left) is None
+    assert columns(figures.TRUE, mask=left, true=right) == pytest.approx((0.7, 0.9), abs=0.02)
+    assert columns(figures.SAMPLED, mask=right & left) is None  # an empty mask has no outline
+    draw(tmp_path / "row.png", gray[:1], left[25:26], "", left[25:26])  # one row of pixels has none either, and is no error
+
+
+# synthesis
+
+
+def test_synthesis_writes_n_xrays_and_the_grid(synthesis, call, monkeypatch):
+    grids, save_image_grid = [], figures.save_image_grid
+    monkeypatch.setattr(figures, "save_image_grid", lambda *args: grids.append(args) or save_image_grid(*args))
+    status, out, _ = call(synthesis, "-n", 3)
+    names = ["sample-0000.png", "sample-0001.png", "sample-0002.png", "samples.png"]
+    assert status == 0 and sorted(contents(synthesis / "samples")) == names and all(name in out for name in names)
+    model, cfg, _ = train.load_run(synthesis)
+    expected = data.to_uint8(train.sample_images(model, cfg, range(3)))
+    written = np.stack([read(synthesis / "samples" / name)[None] for name in names[:3]])
+    assert np.array_equal(written, expected) and np.array_equal(grids[0][1], expected)
+    assert read(synthesis / "samples" / "samples.png").std() > 0
+
+
+def test_xray_i_is_the_same_whatever_n_and_another_with_another_seed(synthesis, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "save_image_grid", lambda path, *args: path.write_bytes(b"drawn"))
+    monkeypatch.setattr(sample, "GRID", 2)
+    assert call(synthesis, "-n", 2, "--out", tmp_path / "two")[0] == 0
+    monkeypatch.setattr(train, "pieces", lambda rows, device, members=1: np.array_split(rows, 2))
+    assert call(synthesis, "-n", 5, "--out", tmp_path / "five")[0] == 0
+    assert call(synthesis, "-n", 2, "--seed", 1, "--out", tmp_path / "other")[0] == 0
+    assert call(synthesis, "--out", tmp_path / "default")[0] == 0
+    get = lambda folder, i: read(tmp_path / folder / f"sample-{i:04}.png").astype(int)
+    for i in range(2):
+        assert np.abs(get("two", i) - get("five", i)).max() <= 1
+        assert np.abs(get("two", i) - get("other", i)).mean() > 5
+    assert np.abs(get("five", 0) - get("five", 4)).mean() > 5
+    assert len(contents(tmp_path / "default")) == 16 + 1
+
+
+def test_the_grid_holds_the_first_64(synthesis, call, monkeypatch):
+    grids = []
+    monkeypatch.setattr(figures, "save_image_grid", lambda path, *args: path.touch() or grids.append(args))
+    assert call(synthesis, "-n", 70, "--ddim-steps", 1)[0] == 0
+    first = [read(synthesis / "samples" / f"sample-{i:04}.png")[None] for i in range(64)]
+    assert np.array_equal(grids[0][0], np.stack(first)) and "first 64 of 70" in grids[0][1]
+
+
+# files and words
+
+
+def test_nothing_but_earlier_results_of_the_same_name_is_replaced(lung, call, tmp_path):
+    a, b = xrays(tmp_path / "in", 2)
+    before = contents(tmp_path / "in")
+    assert "2 files (all new): x0-mask.png, x0-overlay.png" in call(lung, "--images", a, "--out", tmp_path / "in")[1]
+    (tmp_path / "in" / "notes.txt").write_text("mine")
+    kept = contents(tmp_path / "in")
+    out = call(lung, "--images", a, b, "--out", tmp_path / "in", "--seed", 1)[1]
+    after = contents(tmp_path / "in")
+    assert "4 files (2 of them replaced)" in out and after["x0-mask.png"] != kept["x0-mask.png"]
+    assert after["notes.txt"] == b"mine" and before.items() <= after.items()
+    assert set(after) == {*kept, "x1-mask.png", "x1-overlay.png"}
+
+
+@pytest.mark.parametrize("link", [None, os.link, os.symlink])
+def test_a_file_of_the_user_is_never_overwritten(lung, call, tmp_path, link):
+    """The user's own true mask is called like the result, in the folder to write to; or like a link to it is."""
+    image = xrays(tmp_path / "in", 1)[0]
+    true = save(tmp_path / ("in" if link is None else "true") / "x0-mask.png", np.zeros((S, S), np.uint8))
+    if link:
+        link(true, tmp_path / "in" / "x0-mask.png")
+    before = contents(tmp_path / "in")
+    status, _, err = call(lung, "--images", image, "--masks", true, "--out", tmp_path / "in")
+    assert status == 2 and err.splitlines()[-1].endswith("would be overwritten by a result of that name; choose another --out")
+    assert contents(tmp_path / "in") == before
+
+
+def test_results_go_beside_a_checkpoint_file_too(lung, call, tmp_path):
+    os.rename(lung / "last.pt", lung / "best.pt")
+    assert call(lung / "best.pt", "--images", *xrays(tmp_path / "in", 1))[0] == 0
+    assert "x0-mask.png" in contents(lung / "samples")
+
+
+def test_a_model_of_phantoms_says_so(tmp_path, call, overlays):
+    paths = xrays(tmp_path / "in", 1)
+    for phantoms in (True, False):
+        run = write_run(tmp_path / str(phantoms), config(phantoms=phantoms))
+        out = call(run, "--images", *paths)[1]
+        assert ("trained on phantoms, generated images" in out) == phantoms
+        assert ("trained on phantoms" in overlays[-1]["title"]) == phantoms
+
+
+def test_an_xray_of_12_bits_in_16_is_remarked_on(lung, call, tmp_path):
+    path = save(tmp_path / "in" / "a.png", np.full((S, S), 4095, np.uint16))
+    assert f"{path}: is very dark, its brightest pixel is 16 of 255" in call(lung, "--images", path)[1]
+    assert "very dark" not in call(lung, "--images", *xrays(tmp_path / "in", 1))[1]
+
+
+def test_bf16_of_a_gpu_run_is_fp32_where_bf16_is_slow(monkeypatch):
+    args = sample.parse(["run"])
+    for fast, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(train, "bf16_is_fast", lambda device, fast=fast: fast)
+        assert sample.configure(args, config(precision="bf16"), torch.device("cpu")).precision == expected
+    assert sample.configure(args, config(precision="fp32"), torch.device("cpu")).precision == "fp32"
+
+
+def test_ctrl_c_leaves_whole_files_and_one_line(synthesis, call, monkeypatch):
+    monkeypatch.setattr(train, "pieces", lambda rows, device, members=1: np.array_split(rows, len(rows)))
+    real = train.sample_images
+
+    def stop_at_2(model, cfg, index, *args, **kwargs):
+        if 2 in index:
+            raise KeyboardInterrupt
+        return real(model, cfg, index, *args, **kwargs)
+
+    monkeypatch.setattr(train, "sample_images", stop_at_2)
+    status, _, err = call(synthesis, "-n", 4)
+    assert status == 130 and err == "\nsample.py: stopped; the files written until now are whole\n"
+    assert sorted(contents(synthesis / "samples")) == ["sample-0000.png", "sample-0001.png"]
+
+
+# refusals
+
+MENDABLE = {  # arguments -> the end of the one line
+    "lung": "L is a lung run: give the X-rays to segment with --images FILE...",
+    "lung -n 3": "-n draws X-rays from a synthesis run; L is a lung run: give --images",
+    "lung -n 3 --images x0": "-n draws X-rays from a synthesis run; L is a lung run: give --images",
+    "lung --masks m0": "--masks are the true masks of --images, and there are no --images",
+    "lung --images x0 x1 --masks m0": "--masks must be as many as --images, got 1 for 2",
+    "lung --images x0 --masks wide": "wide.png: is 20x10 pixels, its image x0.png is 16x16",
+    "lung --images x0 --masks x1": "x1.png: a mask has the values 0 and 255, or 0 and 1; found 0, 2, 3, 4, 5, ... (",
+    "lung --images x0 none": "none.png: cannot be read: [Errno 2] No such file or directory:",
+    "lung --images x0 text": "text.png: cannot be read: not an image file",
+    "lung --images x0 colour": "colour.png: coloured pixels, a gray image (R = G = B) is wanted",
+    "lung --images x0 x0": "x0.png and x0.png would both become L/samples/x0-mask.png; segment them in two calls",
+    "lung --images x0 sub/X0": "x0.png and sub/X0.png would both become L/samples/X0-mask.png; segment them in two",
+    "lung --images x0 --ensemble 0": "--ensemble must be at least 1, got 0",
+    "lung --images x0 --ensemble 65": "--ensemble must be at most 64, got 65",
+    "lung --images x0 --ddim-steps 0": "--ddim-steps must be at least 1, got 0",
+    "lung --images x0 --ddim-steps 1001": "--ddim-steps must be at most T = 1000, got 1001",
+    "lung --images x0 --seed -1": "--seed must be between 0 and 2^63 - 1, got -1",
+    "lung --images x0 --seed 9223372036854775808": "--seed must be between 0 and 2^63 - 1, got 9223372036854775808",
+    "lung --images": "argument --images: expected at least one argument",
+    "lung --out text --images x0": "text.png'",
+    "synthesis --images x0": "--images is about masks; Y is a synthesis run, which draws X-rays: give -n",
+    "synthesis --images x0 --masks m0": "--images is about masks; Y is a synthesis run, which draws X-rays: give -n",
+    "synthesis --ensemble 2": "--ensemble is about masks; Y is a synthesis run, which draws X-rays: give -n",
+    "synthesis -n 0": "-n must be at least 1, got 0",
+    "none -n 2": "none.png: no checkpoint there",
+    "text -n 2": "text.png: not a checkpoint of train.py, or a damaged one (",
+    "damaged -n 2": "damaged.png: not a checkpoint of train.py, or a damaged one (",
+    "": "the following arguments are required: RUN",
+}
+
+
+@pytest.mark.parametrize("line", MENDABLE)
+def test_what_cannot_be_is_refused_in_one_line_before_any_work(lung, synthesis, call, tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    files = xrays(tmp_path, 2)
+    save(tmp_path / "sub" / "X0.png", read(files[0]))
+    save(tmp_path / "m0.png", np.zeros((S, S), np.uint8))
+    save(tmp_path / "wide.png", np.zeros((10, 20), np.uint8))
+    save(tmp_path / "colour.png", np.arange(300, dtype=np.uint8).reshape(10, 10, 3))
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "damaged.png").write_bytes((synthesis / "last.pt").read_bytes()[:20_000])
+    names = ("x0", "x1", "sub/X0", "m0", "wide", "colour", "text", "damaged", "none")
+    before = sorted(tmp_path.rglob("*"))
+    for function in ("sample_masks", "sample_images"):
+        monkeypatch.setattr(train, function, lambda *args, **kwargs: pytest.fail("work was begun"))
+    status, out, err = call(*(f"{word}.png" if word in names else word for word in line.split()))
+    message = err.splitlines()[-1]
+    progress = [text for text in err.splitlines()[:-1] if not text.startswith("reading")]
+    expected = MENDABLE[line].replace("Y is", "synthesis is").replace("L is", "lung is").replace("L/", "lung/")
+    assert status == 2 and message.startswith("sample.py: error: ") and expected in message
+    assert out == "" and not progress and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_device_that_is_not_there_is_refused(lung, call, tmp_path, capsys):
+    assert sample.main([str(lung), "--images", str(xrays(tmp_path / "in", 1)[0]), "--device", "abacus"]) == 2
+    assert "sample.py: error: --device abacus" in capsys.readouterr().err

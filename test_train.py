@@ -1,0 +1,486 @@
+"""The training script: what one step does, what an evaluation measures, and that nothing is lost or silently wrong."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import diffusion
+import metrics
+import train
+
+ROOT = Path(__file__).resolve().parent
+TINY = "--preset small --image-size 16 --batch-size 4 --steps 4 --eval-every 2 --eval-images 4 --ddim-steps 2 --precision fp32"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """Both trees with 6 Train, 5 Val and 1 Test image of each class, 16x16; a mask is where its image is brighter than 127."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for tree, parts in (("Lung", ("lung masks",)), ("Infection", ("lung masks", "infection masks"))):
+        for split, n in (("Train", 6), ("Val", 5), ("Test", 1)):
+            for c in data.CLASSES:
+                folder = root / f"{tree} Segmentation Data" / split / c
+                for part in ("images", *parts):
+                    (folder / part).mkdir(parents=True)
+                for i in range(n):
+                    image = rng.integers(0, 256, (16, 16), np.uint8)
+                    Image.fromarray(image).save(folder / "images" / f"{split} ({i}).png")
+                    for part in parts:
+                        Image.fromarray(np.uint8(255) * (image > 127)).save(folder / part / f"{split} ({i}).png")
+    return root
+
+
+@pytest.fixture
+def go(root, tmp_path, monkeypatch):
+    """go("--task lung ...") runs train.py in this process on the tiny data; returns (exit status, run folder)."""
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+
+    def go(words, out="run", given=TINY):
+        folder = tmp_path / out
+        where = ["--data", str(root), "--out", str(folder)]
+        try:
+            status = train.main([*words.split(), *(given.split() if given else []), *(where if given else [])])
+        except SystemExit as e:
+            status = e.code
+        return status, folder
+
+    return go
+
+
+def config(**settings):
+    args = train.parse("--task lung --preset small --image-size 16 --batch-size 4 --steps 10 --precision fp32".split())
+    return dataclasses.replace(train.configure(args, CPU), **settings)
+
+
+def split(n, seed=0):
+    """n random images, whose masks are where they are brighter than 127."""
+    images = np.random.default_rng(seed).integers(0, 256, (n, 1, 16, 16), np.uint8)
+    return data.Split(images, np.uint8(255) * (images > 127), [str(i) for i in range(n)])
+
+
+class Oracle(torch.nn.Module):
+    """A network that knows the mask: x_0 = +-1 where the X-ray is above or below 0. It answers what its target asks for."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.s, self.target = diffusion.linear_schedule(cfg.T), cfg.target
+
+    def embed(self, y):
+        return y
+
+    def denoise(self, xt, t, e):
+        x0 = torch.where(e > 0, 1.0, -1.0)
+        return diffusion.target_of(self.s, self.target, x0, t, diffusion.predict_eps(self.s, xt, t, x0))
+
+
+# ------------------------------------------------------------------------------------- the commands
+
+
+@pytest.mark.parametrize(
+    "words",
+    [f"--task lung --cond {cond}" for cond in ("concat", "add", "none", "cross")]
+    + ["--task infection --cond add", "--task synthesis", "--task lung --target eps --ensemble 2 --eta 1"],
+)
+def test_a_run_folder_holds_what_the_docstring_says_and_its_numbers_come_from_its_checkpoint(go, root, words, capsys):
+    """The last evaluation in results.json equals one made anew from last.pt: the checkpoint is the model that was measured."""
+    status, folder = go(words)
+    assert status == 0
+    pictures = {"samples.png"} if "synthesis" in words else {"masks.png"}
+    files = {"config.json", "log.jsonl", "table.md", "results.json", "curves.png", "last.pt", "best.pt"} | pictures
+    assert {f.name for f in folder.iterdir()} == files
+    results = json.loads((folder / "results.json").read_text())
+    model, cfg, step = train.load_run(folder)
+    assert step == 4 and cfg.steps == 4 and results["evaluation"]["step"] == 4
+    splits = {name: data.load(root, cfg.task, name, cfg.classes, 16) for name in ("Train", "Val")}
+    function = train.evaluate_images if cfg.task == "synthesis" else train.evaluate_masks
+    report, _ = function(model, cfg, splits, CPU)
+    for name in report:
+        assert json.dumps(report[name]) == json.dumps(results["evaluation"][name])
+    assert (folder / "table.md").read_text().strip() in capsys.readouterr().out
+
+
+def test_the_table_stands_beside_the_reports_and_holds_the_pooled_numbers():
+    """Every cell of the Markdown table is found in the evaluation or in Table 1 of the report."""
+    scores = {name: 0.1 + 0.1 * i for i, name in enumerate(metrics.NAMES)}
+    one = {"images": 7, "pooled": scores, "per image": {name: (v / 2, v / 4, 7) for name, v in scores.items()}}
+    other = {**one, "pooled": {name: v / 3 for name, v in scores.items()}}
+    table = train.markdown_table(config(), dict(step=10, Train=other, Val=one))
+    row = next(line for line in table.splitlines() if line.startswith("| Balanced Accuracy"))
+    assert row == "| Balanced Accuracy | 0.9672 | 0.9793 | 0.2000 | **0.6000** | 0.3000 ± 0.1500 |"
+
+
+def test_dry_run_prints_the_reports_network_and_starts_nothing(go, capsys, tmp_path):
+    """The parameter count of facts about §3.2 with 17 channels in, and no file."""
+    assert train.main(["--task", "lung", "--preset", "report", "--dry-run", "--out", str(tmp_path / "x")]) == 0
+    out = capsys.readouterr().out
+    assert "217,887,553 parameters" in out and "batch_size       512" in out and "lr               0.003" in out
+    assert not (tmp_path / "x").exists()
+
+
+REFUSALS = [
+    ("", "--task is needed: one of synthesis, lung, infection"),
+    ("--task synthesis --cond add", "--cond is about segmentation; --task synthesis is unconditional"),
+    ("--task synthesis --ensemble 3", "--ensemble averages masks; --task synthesis has none"),
+    ("--task lung --steps 4 --epochs 1", "--steps and --epochs say the same thing twice"),
+    ("--task lung --batch-size 0", "--batch-size must be at least 1, got 0"),
+    ("--task lung --lr nan", "--lr must be above 0, got nan"),
+    ("--task lung --ema 1", "--ema must be below 1, got 1.0"),
+    ("--task lung --eta 1.5", "--eta must be between 0 and 1, got 1.5"),
+    ("--task lung --ddim-steps 1001", "--ddim-steps must be at most T = 1000, got 1001"),
+    ("--task lung --image-size 20", "image_size must be divisible by 8 for 4 levels, got 20"),
+    ("--task lung --channels 20", "head_channels must divide the"),
+    ("--task lung --classes Covid", "--classes must be some of COVID-19, Non-COVID, Normal, got Covid"),
+    ("--task lung --data /no/such/folder", "/no/such/folder"),
+    ("--task lung --device quantum", "--device"),
+    ("--task bone", "argument --task: invalid choice: 'bone'"),
+    ("--resume /no/such/run", "/no/such/run: no checkpoint there"),
+]
+
+
+@pytest.mark.parametrize("words, message", REFUSALS)
+def test_bad_input_gets_one_line_and_exit_status_2(go, capsys, words, message):
+    """One line that names the rule and the value; no traceback."""
+    status, _ = go(words, given=None)
+    error = capsys.readouterr().err
+    assert status == 2 and message in error and error.count("\n") == 1 and error.startswith("train.py: error: ")
+
+
+def test_without_a_dataset_the_phantoms_are_announced_and_a_given_folder_never_falls_back(go, root, monkeypatch, capsys, tmp_path):
+    """The paragraph names where it looked; everything that the run writes says phantoms."""
+    monkeypatch.setattr(data, "DATA_HOMES", (tmp_path / "nowhere",))
+    monkeypatch.setattr(data, "PHANTOMS", root)
+    monkeypatch.setattr(data, "ensure_phantoms", lambda *_: None)
+    assert train.main(["--task", "lung", *TINY.split(), "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert f"No X-rays found: COVID-QU-Ex is looked for in {tmp_path / 'nowhere'}" in out
+    assert "phantoms" in (tmp_path / "run/table.md").read_text()
+    assert json.loads((tmp_path / "run/results.json").read_text())["config"]["phantoms"] is True
+    assert train.main(["--task", "lung", "--data", str(tmp_path / "nowhere"), *TINY.split()]) == 2
+
+
+# ------------------------------------------------------------------------------------- one step
+
+
+def test_the_network_sees_the_noised_mask_as_x0_and_the_xray_of_the_same_row_as_y(monkeypatch):
+    """§4.1: diffusion runs on masks, conditioned on images; here a mask is a function of its image, so a mixed row shows."""
+    seen = []
+    loss = lambda s, m, x0, y, *_: seen.append((x0, y)) or sum(p.sum() for p in m.parameters())
+    monkeypatch.setattr(diffusion, "l_simple", loss)
+    cfg, tiny = config(), split(6)
+    trainer = train.Trainer(cfg, CPU)
+    trainer.train_step(torch.from_numpy(tiny.images), torch.from_numpy(tiny.masks))
+    (x0, y), images = seen[0], data.to_float(tiny.images)
+    assert x0.unique().tolist() == [-1, 1] and torch.equal(x0 > 0, y > 0)
+    assert all((image == images).flatten(1).all(1).any() for image in y)
+    trainer.train_step(torch.from_numpy(tiny.images), None)
+    assert seen[1][1] is None and not seen[1][0].unique().tolist() == [-1, 1]
+
+
+def test_the_gradient_does_not_depend_on_the_micro_batch():
+    """Pieces of 1, 3 and all of 4 images: the same mean gradient, to float64 rounding."""
+    gradients = []
+    x0, y = data.to_float(split(4).masks).double(), data.to_float(split(4).images).double()
+    for micro_batch in (1, 3, 4):
+        cfg = config(micro_batch=micro_batch)
+        trainer = train.Trainer(cfg, CPU)
+        shake(trainer.model.double())
+        trainer.gradient(x0, y, *(a.double() if a.is_floating_point() else a for a in train.draws(cfg, 1, x0)))
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+    assert gradients[0].norm() > 0.1
+    for g in gradients[1:]:
+        torch.testing.assert_close(g, gradients[0], rtol=1e-9, atol=1e-12)
+
+
+def shake(model):
+    """Weights away from the zero initialisation, so that every one has a gradient."""
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=g).to(p.dtype))
+
+
+def test_when_memory_runs_out_the_pieces_halve_and_the_step_is_the_same(monkeypatch, capsys):
+    """A loss that refuses more than one image at once gives the weights of --micro-batch 1, and says so."""
+    tiny, weights = split(6), []
+    exact = diffusion.l_simple
+
+    def small_memory(s, model, x0, *rest):
+        if len(x0) > 1:
+            raise torch.OutOfMemoryError("planted")
+        return exact(s, model, x0, *rest)
+
+    for loss, cfg in ((exact, config(micro_batch=1)), (small_memory, config())):
+        monkeypatch.setattr(diffusion, "l_simple", loss)
+        trainer = train.Trainer(cfg, CPU)
+        trainer.train_step(torch.from_numpy(tiny.images), torch.from_numpy(tiny.masks))
+        weights.append(torch.cat([p.flatten() for p in trainer.model.parameters()]))
+    assert torch.equal(*weights) and "from here on 1 images at once; the batch stays 4" in capsys.readouterr().out
+    monkeypatch.setattr(diffusion, "l_simple", small_memory)
+    with pytest.raises(train.UserError, match="out of memory with 2 images at once; try a smaller --micro-batch"):
+        train.Trainer(config(micro_batch=2), CPU).train_step(torch.from_numpy(tiny.images), torch.from_numpy(tiny.masks))
+
+
+def test_one_step_is_one_update_and_the_average_follows_it():
+    """k steps move AdamW's own counter by k, and the EMA obeys its recursion with the warm-up of its decay."""
+    tiny, trainer = split(6), train.Trainer(config(ema=0.3, micro_batch=3), CPU)
+    expected = [p.clone() for p in trainer.model.parameters()]
+    for step in range(1, 6):
+        trainer.train_step(torch.from_numpy(tiny.images), torch.from_numpy(tiny.masks))
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = [decay * e + (1 - decay) * p.detach() for e, p in zip(expected, trainer.model.parameters())]
+    assert {int(state["step"]) for state in trainer.optimizer.state_dict()["state"].values()} == {5}
+    for e, p in zip(expected, trainer.ema.parameters()):
+        torch.testing.assert_close(p, e, rtol=1e-5, atol=1e-7)
+
+
+def test_every_epoch_holds_each_image_once_and_its_order_depends_on_the_seed_and_the_epoch():
+    """Batches of 4 from 10 images: 20 consecutive places are two permutations, and two different ones."""
+    cfg = config()
+    places = torch.cat([train.batch_indices(cfg, 10, step) for step in range(1, 6)]).tolist()
+    assert sorted(places[:10]) == sorted(places[10:]) == list(range(10)) and places[:10] != places[10:]
+    assert places[:4] != train.batch_indices(config(seed=1), 10, 1).tolist()
+    assert len(train.batch_indices(config(batch_size=25), 10, 1)) == 25  # more than there are
+
+
+def test_the_noise_of_a_step_comes_from_the_seed_and_the_step_alone():
+    """Drawn twice the same, another for another step or seed; t in 1..T."""
+    like = torch.zeros(4, 1, 16, 16)
+    (t, eps), again = train.draws(config(), 3, like), train.draws(config(), 3, like)
+    assert torch.equal(t, again[0]) and torch.equal(eps, again[1])
+    for other in (train.draws(config(), 4, like), train.draws(config(seed=1), 3, like)):
+        assert not torch.equal(eps, other[1])
+    t = train.draws(config(T=3), 1, torch.zeros(200, 1))[0]
+    assert t.unique().tolist() == [1, 2, 3]
+
+
+def test_the_learning_rate_warms_up_then_stays_or_falls_to_nothing():
+    """Linear in the first steps, lr after them; the cosine ends within 1/steps^2 of 0."""
+    cfg = config(lr=1.0, warmup=10, steps=1000, lr_decay="none")
+    assert [train.learning_rate(cfg, step) for step in (1, 5, 10, 11, 1000)] == [0.1, 0.5, 1, 1, 1]
+    cosine = dataclasses.replace(cfg, lr_decay="cosine", warmup=0)
+    assert train.learning_rate(cosine, 1) == 1 and train.learning_rate(cosine, 501) == pytest.approx(0.5)
+    assert 0 < train.learning_rate(cosine, 1000) < 1e-5
+
+
+def test_clipping_bounds_the_gradient_that_the_optimiser_sees(monkeypatch):
+    """The norm of what AdamW gets is --clip where it was larger."""
+    tiny = split(6)
+    for clip, bounded in ((1e-3, True), (0.0, False)):
+        trainer = train.Trainer(config(clip=clip), CPU)
+        shake(trainer.model)
+        trainer.train_step(torch.from_numpy(tiny.images), torch.from_numpy(tiny.masks))
+        norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm().item()
+        assert (norm == pytest.approx(1e-3, rel=1e-3)) if bounded else norm > 0.01
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("target", diffusion.TARGETS)
+def test_an_oracle_scores_one_whatever_the_network_predicts(target):
+    """A network that knows the mask, asked for eps, v or x0, gets DICE 1 through the whole evaluation, on both splits."""
+    cfg = config(target=target, eval_images=5, ddim_steps=10)
+    report, shown = train.evaluate_masks(Oracle(cfg), cfg, {"Train": split(7), "Val": split(9, 1)}, CPU)
+    for name in ("Train", "Val"):
+        assert report[name]["pooled"] == {n: 1.0 for n in metrics.NAMES} and report[name]["images"] == 5
+    assert np.array_equal(shown[1], shown[2])
+
+
+def test_an_evaluation_does_not_depend_on_the_batch_size(monkeypatch):
+    """The same masks, to float rounding, for batches of 1, 3 and all: noise belongs to the image."""
+    cfg, tiny = config(eval_images=7, ensemble=2, eta=0.5, ddim_steps=4), split(9)
+    model = train.build_model(cfg)
+    shake(model)
+    rows, masks = train.chosen(9, 7), []
+    for size in (1, 3, 7):
+        monkeypatch.setattr(train, "pieces", lambda rows, *_: [rows[i : i + size] for i in range(0, len(rows), size)])
+        masks.append(train.segment(model, cfg, tiny.images, rows, CPU))
+    assert masks[0].std() > 0.1
+    for m in masks[1:]:
+        torch.testing.assert_close(m, masks[0], rtol=0, atol=1e-4)
+
+
+def test_every_run_evaluates_the_same_images_and_starts_from_the_same_x_T():
+    """§4.3: the choice depends on the size of the split alone, not on the run's seed; too few images are all taken."""
+    assert train.chosen(100, 5).tolist() == train.chosen(100, 5).tolist() and len(set(train.chosen(100, 50))) == 50
+    assert train.chosen(3, 5).tolist() == [0, 1, 2]
+    x_T = []
+    for seed in (0, 1):
+        cfg = config(seed=seed)
+        y = data.to_float(split(2).images)
+        grab = type("Grab", (Oracle,), {"denoise": lambda self, xt, t, e: x_T.append(xt) or torch.zeros_like(xt)})
+        train.sample_masks(grab(cfg), dataclasses.replace(cfg, ddim_steps=1), y, [4, 9])
+    assert torch.equal(*x_T)
+
+
+def test_an_ensemble_is_the_mean_of_its_members_and_the_first_member_is_the_single_mask():
+    """Amit et al.: average, then threshold."""
+    cfg, tiny = config(ddim_steps=3), split(3)
+    model = train.build_model(cfg)
+    shake(model)
+    y = data.to_float(tiny.images)
+    members = train.sample_masks(model, cfg, y, [0, 1, 2], 4)
+    assert members.shape == (3, 4, 1, 16, 16) and members.std(1).mean() > 0.01
+    mean = train.segment(model, dataclasses.replace(cfg, ensemble=4), tiny.images, np.arange(3), CPU)
+    torch.testing.assert_close(mean, members.mean(1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(train.sample_masks(model, cfg, y, [0, 1, 2])[:, 0], members[:, 0], atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------- nothing is lost
+
+
+def state_of(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def assert_same(a, b, where=""):
+    """Bit for bit, all the way down."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a:
+            assert_same(a[k], b[k], f"{where}.{k}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, list):
+        for i, (c, d) in enumerate(zip(a, b, strict=True)):
+            assert_same(c, d, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("words", ["--task lung", "--task synthesis", "--task lung --precision bf16 --eta 0.5"])
+@pytest.mark.parametrize("stop_at", [1, 3])
+def test_a_resumed_run_is_an_uninterrupted_run_bit_for_bit(go, monkeypatch, words, stop_at, capsys):
+    """SIGINT in a step, --resume: weights, averages, optimiser and evaluations equal those of a run that was left alone."""
+    words = f"{words} --steps 5 --batch-size 5"
+    given = TINY.replace("--batch-size 4 --steps 4 ", "")
+    given = given.replace("--precision fp32", "") if "bf16" in words else given
+    _, whole = go(words, "whole", given)
+    step = train.Trainer.train_step
+
+    def interrupted(self, *batch):
+        loss = step(self, *batch)
+        if self.step == stop_at:
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    monkeypatch.setattr(train.Trainer, "train_step", interrupted)
+    status, folder = go(words, "stopped", given)
+    assert status == 130 and f"go on with: python train.py --resume {folder}" in capsys.readouterr().out
+    assert state_of(folder)["step"] == stop_at
+    monkeypatch.setattr(train.Trainer, "train_step", step)
+    assert train.main(["--resume", str(folder)]) == 0
+    assert_same(state_of(whole), state_of(folder))
+    evaluations = lambda f: [{**line, "seconds": 0} for line in train.Log(f / "log.jsonl", 5).evaluations()]
+    assert json.dumps(evaluations(whole)) == json.dumps(evaluations(folder)) and len(evaluations(whole)) == 3
+
+
+def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_made_up_for(go, monkeypatch):
+    """Stopped inside the evaluation of step 2: saved at step 2, and --resume evaluates step 2 first."""
+    sample = train.sample_masks
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(train, "sample_masks", interrupted)
+    status, folder = go("--task lung")
+    assert status == 130 and state_of(folder)["step"] == 2 and not train.Log(folder / "log.jsonl", 2).evaluations()
+    monkeypatch.setattr(train, "sample_masks", sample)
+    assert train.main(["--resume", str(folder)]) == 0
+    assert [line["step"] for line in train.Log(folder / "log.jsonl", 4).evaluations()] == [2, 4]
+
+
+def test_sigterm_to_a_real_process_writes_a_checkpoint(root, tmp_path):
+    """The command itself, killed from outside while it trains: status 130, a checkpoint, and the line that says how to go on."""
+    out = tmp_path / "run"
+    words = TINY.replace("--steps 4", "--steps 100000").replace("--eval-every 2", "--eval-every 100000")
+    command = [sys.executable, "train.py", "--task", "lung", *words.split(), "--data", str(root), "--out", str(out)]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as p:
+        for _ in range(600):
+            if (out / "log.jsonl").is_file() and (out / "log.jsonl").read_text():
+                break
+            time.sleep(0.1)
+        p.send_signal(signal.SIGTERM)
+        stdout, stderr = p.communicate(timeout=60)
+    assert p.returncode == 130 and f"--resume {out}" in stdout and "Traceback" not in stderr
+    assert state_of(out)["step"] >= 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(go, monkeypatch, capsys):
+    """Planted nan in step 3: status 1, the message has step and learning rate, last.pt is step 2's and finite."""
+    step = train.Trainer.train_step
+
+    def planted(self, *batch):
+        return step(self, *batch) * (math.nan if self.step == 3 else 1)
+
+    monkeypatch.setattr(train.Trainer, "train_step", planted)
+    status, folder = go("--task lung --warmup 0 --lr-decay none --lr 0.001")
+    assert status == 1
+    assert f"the loss is nan at step 3 (learning rate 0.001); the last good checkpoint is {folder / 'last.pt'}" in capsys.readouterr().err
+    assert state_of(folder)["step"] == 2 and all(v.isfinite().all() for v in state_of(folder)["model"].values())
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    """A writer that dies half-way leaves the older file as it was, and nothing beside it."""
+    target = tmp_path / "last.pt"
+    train.write_whole(target, lambda f: f.write_text("old"))
+
+    def dies(f):
+        f.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.write_whole(target, dies)
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_finished_run_is_not_overwritten_and_can_be_prolonged(go, capsys):
+    """The same command again is refused with what to do; --resume --steps goes on; fewer steps or another flag are refused."""
+    _, folder = go("--task lung")
+    capsys.readouterr()
+    assert go("--task lung")[0] == 2 and f"holds a run already; go on with --resume {folder}" in capsys.readouterr().err
+    resume = ["--resume", str(folder)]
+    assert train.main([*resume, "--lr", "1"]) == 2 and "--resume keeps the run's own settings" in capsys.readouterr().err
+    assert train.main([*resume, "--steps", "3"]) == 2 and "--steps must be at least the 4 steps" in capsys.readouterr().err
+    assert train.main([*resume, "--steps", "6"]) == 0
+    assert state_of(folder)["step"] == 6 and [x["step"] for x in train.Log(folder / "log.jsonl", 6).evaluations()] == [2, 4, 6]
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(go, capsys):
+    """Cut in half: one line, not a traceback; the file is left as it is."""
+    _, folder = go("--task lung")
+    whole = (folder / "last.pt").read_bytes()
+    (folder / "last.pt").write_bytes(whole[: len(whole) // 2])
+    assert train.main(["--resume", str(folder)]) == 2
+    assert f"{folder / 'last.pt'}: not a checkpoint of train.py, or a damaged one" in capsys.readouterr().err
+    assert len((folder / "last.pt").read_bytes()) == len(whole) // 2
+
+
+def test_best_pt_is_the_evaluation_with_the_highest_validation_dice(go, monkeypatch):
+    """Planted scores 0.2, 0.9, 0.5: best.pt is the second evaluation's."""
+    scores, evaluate = iter((0.2, 0.9, 0.5)), train.evaluate_masks
+
+    def planted(*args):
+        report, shown = evaluate(*args)
+        report["Val"]["pooled"]["DICE index"] = next(scores)
+        return report, shown
+
+    monkeypatch.setattr(train, "evaluate_masks", planted)
+    _, folder = go("--task lung --steps 6", given=TINY.replace("--steps 4 ", ""))
+    assert train.load_run(folder / "best.pt")[2] == 4 and train.load_run(folder)[2] == 6

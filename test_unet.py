@@ -1,0 +1,410 @@
+"""§3.2's network: facts of the published network it simplifies, and the formulas of its layers."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import diffusion
+import unet
+from rrdb import ConditionEmbedder
+from unet import ConditionalUNet, CrossAttention, LinearAttention, ResidualBlock, UNet, attend, timestep_embedding
+
+SMALL = dict(channels=24, channel_mult=(1, 2), attention_at=(8,), head_channels=24, image_size=16)
+CONDITIONINGS = [*unet.CONDITIONINGS, None]
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def awake(net, scale=0.1):
+    """The network with noise on all its parameters: nothing is 0 any more, neither zero-initialised layers nor biases."""
+    generator = torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        p.data += scale * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return net.eval()
+
+
+def conditional(cond, **options):
+    return awake(ConditionalUNet(cond, growth=4, **SMALL | options))
+
+
+def batch(n=2, size=16):
+    """x_t, t and y for n images."""
+    return randn(n, 1, size, size, seed=1), torch.arange(1, n + 1) * 300, randn(n, 1, size, size, seed=2).clamp(-1, 1)
+
+
+def report_size(in_channels):
+    with torch.device("meta"):  # shapes without numbers
+        return UNet(in_channels)
+
+
+def close(a, b, rel=1e-9, abs=1e-11):
+    torch.testing.assert_close(a, b, rtol=rel, atol=abs)
+
+
+def changed(a, b):
+    """How far two answers are apart, on the answers' own scale."""
+    return ((a - b).abs().max() / a.abs().max()).item()
+
+
+# ------------------------------------------------------------------------------------- the published network
+
+
+@pytest.mark.parametrize("inputs, parameters", [(1, 217_859_905), (16, 217_885_825), (17, 217_887_553)])
+def test_sec32_report_size_has_the_published_number_of_parameters(inputs, parameters):
+    """The public code of the paper the report builds on, at 64x64 with 1, 16 (addition) and 17 (concatenation) inputs."""
+    assert sum(p.numel() for p in report_size(inputs).parameters()) == parameters
+
+
+@pytest.mark.parametrize("inputs, parameters", [(1, 1_060_673), (16, 1_064_993), (17, 1_065_281)])
+def test_sec32_small_size_has_the_published_number_of_parameters(inputs, parameters):
+    """The same public code at 32 channels, multipliers 1, 2, 16x16 images, attention at 8x8, heads of 32."""
+    net = UNet(inputs, channels=32, channel_mult=(1, 2), attention_at=(8,), head_channels=32, image_size=16)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+
+
+@pytest.mark.parametrize("inputs, macs", [(1, 85_688_549_376), (16, 85_794_717_696), (17, 85_801_795_584)])
+def test_sec32_report_size_costs_the_published_multiply_accumulates(inputs, macs):
+    """Counted at the layers as they run: convolutions, linear layers, and the two products QK^T and (softmax)V."""
+    net, count = report_size(inputs), []
+
+    def hook(layer, args, out):
+        if isinstance(layer, LinearAttention):
+            count.append(2 * out.shape[1] * (out.shape[2] * out.shape[3]) ** 2)
+        elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+            count.append(out.numel() * layer.weight[0].numel())
+
+    for layer in net.modules():
+        layer.register_forward_hook(hook)
+    net(torch.zeros(1, inputs, 64, 64, device="meta"), torch.ones(1, dtype=torch.int64, device="meta"))
+    assert sum(count) == macs
+
+
+# (channels in of each residual block, channels and side of what comes out, heads where there is attention)
+ENCODER = [
+    *[([192], 192, 64, None)] * 2, ([192], 192, 32, None),
+    ([192], 384, 32, 6), ([384], 384, 32, 6), ([384], 384, 16, None),
+    ([384], 576, 16, 9), ([576], 576, 16, 9), ([576], 576, 8, None),
+    ([576], 768, 8, 12), ([768], 768, 8, 12),
+]  # fmt: skip
+MIDDLE = [([768, 768], 768, 8, 12)]
+DECODER = [
+    *[([1536], 768, 8, 12)] * 2, ([1344, 768], 768, 16, 12),
+    ([1344], 576, 16, 9), ([1152], 576, 16, 9), ([960, 576], 576, 32, 9),
+    ([960], 384, 32, 6), ([768], 384, 32, 6), ([576, 384], 384, 64, 6),
+    ([576], 192, 64, None), *[([384], 192, 64, None)] * 2,
+]  # fmt: skip
+
+
+def test_sec32_the_blocks_are_those_of_the_published_network_in_its_order():
+    """The block list of the public code: 28 residual blocks, 16 attentions, sizes measured as the network runs."""
+    net, rows = report_size(1), []
+
+    def hook(block, args, out):
+        attention = [layer for layer in block if isinstance(layer, LinearAttention)]
+        heads = attention[0].norm.num_channels // attention[0].D if attention else None
+        inputs = [layer.conv_1.in_channels for layer in block if isinstance(layer, ResidualBlock)]
+        rows.append((inputs, out.shape[1], out.shape[2], heads))
+
+    blocks = [m for m in net.modules() if isinstance(m, unet.Block)]
+    for block in blocks:
+        block.register_forward_hook(hook)
+    net(torch.zeros(1, 1, 64, 64, device="meta"), torch.ones(1, dtype=torch.int64, device="meta"))
+    assert rows == ENCODER + MIDDLE + DECODER
+    kinds = [type(layer) for block in blocks for layer in block]
+    assert kinds.count(ResidualBlock) == 28 and kinds.count(LinearAttention) == 16
+    assert sum(isinstance(m.shortcut, nn.Conv2d) for m in net.modules() if isinstance(m, ResidualBlock)) == 15
+    assert {(m.num_groups, m.eps) for m in net.modules() if isinstance(m, nn.GroupNorm)} == {(32, 1e-5)}
+
+
+@pytest.mark.parametrize("cond", CONDITIONINGS)
+def test_eq7_an_untrained_network_answers_0_and_its_loss_is_1(cond):
+    """The head starts at 0, so L_simple starts at E eps^2 = 1: 65,536 draws, 5 standard errors."""
+    net = ConditionalUNet(cond, growth=4, **SMALL)
+    x0 = torch.zeros(256, 1, 16, 16)
+    y = None if cond is None else randn(256, 1, 16, 16)
+    assert not net(x0[:2] + 1, torch.tensor([1, 1000]), None if y is None else y[:2]).any()
+    with torch.no_grad():
+        loss = diffusion.l_simple(diffusion.linear_schedule(), net, x0, y, eps=randn(*x0.shape, seed=3))
+    assert loss.item() == pytest.approx(1, abs=5 * (2 / x0.numel()) ** 0.5)
+
+
+def test_sec32_a_fresh_network_is_its_shortcuts():
+    """45 layers start at 0: the second convolution of 28 residual blocks, 16 attention projections, the head."""
+    net = UNet(channels=16, channel_mult=(1, 2, 3, 4), head_channels=16)
+    zeros = [m for m in net.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d)) and not m.weight.any() and not m.bias.any()]
+    assert len(zeros) == 45
+
+
+# ------------------------------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize("dim", [2, 24, 192])
+def test_sec32_timestep_embedding_is_cos_and_sin_of_geometric_frequencies(dim):
+    """Real and imaginary part of exp(i t 10000^(-k / (dim/2))), from numpy's complex numbers; all 1000 steps differ."""
+    t = torch.arange(1, 1001)
+    emb = timestep_embedding(t, dim)
+    turn = np.exp(1j * t.numpy()[:, None] * 10_000.0 ** (-np.arange(dim // 2) / (dim // 2)))
+    assert np.allclose(emb.numpy(), np.concatenate([turn.real, turn.imag], 1), atol=5e-4)  # float32 of angles to 1000
+    assert len(emb.unique(dim=0)) == 1000
+
+
+def test_sec32_attend_is_torchs_scaled_dot_product_attention():
+    """softmax(QK^T / sqrt(D)) V in float64, where queries and values have different numbers of positions."""
+    q, k, v = (randn(2, 3, n, 16, seed=n, dtype=torch.float64) for n in (20, 30, 30))
+    close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v), abs=1e-12)
+
+
+def pieces_attended(q, k, v, D):
+    """§3.2 in numpy, position by position: channels cut into pieces of D, softmax(QK^T / sqrt(D)) V, outputs joined."""
+    q, k, v = (z.detach().numpy() for z in (q, k, v))  # (B, C, positions)
+    out = np.zeros((q.shape[0], v.shape[1], q.shape[2]))
+    for c in range(0, q.shape[1], D):
+        piece = slice(c, c + D)
+        weight = np.exp(np.einsum("bci,bcj->bij", q[:, piece], k[:, piece]) / D**0.5)
+        out[:, piece] = np.einsum("bij,bcj->bci", weight / weight.sum(2, keepdims=True), v[:, piece])
+    return torch.from_numpy(out)
+
+
+@pytest.mark.parametrize("D", [4, 8, 24])
+def test_sec32_linear_attention_is_the_printed_formula(D):
+    """Norm, one-dimensional convolution to Q, K, V, pieces of D, the formula, out; + the input."""
+    layer = awake(LinearAttention(24, D).double(), 0.5)
+    x = randn(2, 24, 3, 5, dtype=torch.float64)
+    q, k, v = torch.einsum("oc,bcn->bon", layer.qkv.weight[..., 0], layer.norm(x).flatten(2)).add(
+        layer.qkv.bias[:, None]).split(24, 1)  # fmt: skip
+    out = torch.einsum("oc,bcn->bon", layer.out.weight[..., 0], pieces_attended(q, k, v, D)) + layer.out.bias[:, None]
+    close(layer(x), x + out.reshape(x.shape))
+
+
+def test_sec32_linear_attention_does_not_know_where_positions_are():
+    """Permuting the positions of a non-square image permutes the output and does nothing else."""
+    layer, x = awake(LinearAttention(24, 8).double(), 0.5), randn(2, 24, 3, 5, dtype=torch.float64)
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(0))
+    shuffle = lambda z: z.flatten(2)[..., order].reshape(z.shape)
+    close(layer(shuffle(x)), shuffle(layer(x)))
+    assert changed(layer(x), x) > 0.1
+
+
+@pytest.mark.parametrize("D", [8, 24])
+def test_sec4_cross_attention_is_the_formula_with_keys_and_values_of_the_condition(D):
+    """Queries of the image, keys and values of the tokens; queries and keys also see the position code."""
+    layer = awake(CrossAttention(24, 10, D).double(), 0.3)
+    x, tokens = randn(2, 24, 3, 5, dtype=torch.float64), randn(2, 10, 4, 2, seed=1, dtype=torch.float64)
+    linear = lambda layer, z: torch.einsum("oc,bchw->bohw", layer.weight[..., 0], z).flatten(2) + layer.bias[:, None]
+    q = linear(layer.q, torch.cat([layer.norm(x), unet.position_code(x)], 1))
+    k = linear(layer.k, torch.cat([tokens, unet.position_code(tokens)], 1))
+    out = pieces_attended(q, k, linear(layer.v, tokens), D)
+    close(layer(x, tokens), x + linear(layer.out, out[..., None]).reshape(x.shape))
+
+
+def test_sec4_position_code_names_places_whatever_the_grid():
+    """Rows and columns told apart on 64x64; a pixel of a 3x3 grid has the code of the same place on a 9x15 grid."""
+    fine, coarse = unet.position_code(torch.zeros(1, 1, 9, 15)), unet.position_code(torch.zeros(2, 1, 3, 3))
+    close(coarse[1], fine[0, :, 1::3, 2::5], abs=1e-4)
+    codes = unet.position_code(torch.zeros(1, 1, 64, 64))[0].flatten(1)
+    assert torch.cdist(codes.T[::7], codes.T).sort(1).values[:, 1].min() > 0.05  # nearest other place
+
+
+@pytest.mark.parametrize("resample", [None, "down", "up"])
+@pytest.mark.parametrize("c_out", [12, 24])
+def test_sec32_residual_block_is_its_list_of_layers(resample, c_out):
+    """Norm, SiLU, resample, convolution, + Linear(SiLU(emb)), norm, SiLU, convolution; + the resampled, projected input."""
+    block = awake(ResidualBlock(12, c_out, 5, resample).double(), 0.3)
+    x, emb = randn(2, 12, 4, 6, dtype=torch.float64), randn(2, 5, dtype=torch.float64)
+    silu = lambda z: z * torch.sigmoid(z)
+    size = {  # means of 2x2 pixels; each pixel four times
+        None: lambda z: z,
+        "down": lambda z: (z[..., ::2, ::2] + z[..., ::2, 1::2] + z[..., 1::2, ::2] + z[..., 1::2, 1::2]) / 4,
+        "up": lambda z: z.repeat_interleave(2, 2).repeat_interleave(2, 3),
+    }[resample]
+    h = block.conv_1(size(silu(block.norm_1(x)))) + block.emb(silu(emb))[:, :, None, None]
+    shortcut = size(x) if c_out == 12 else torch.einsum("oc,bchw->bohw", block.shortcut.weight[:, :, 0, 0], size(x))
+    shortcut = shortcut if c_out == 12 else shortcut + block.shortcut.bias[:, None, None]
+    close(block(x, emb), shortcut + block.conv_2(silu(block.norm_2(h))))
+
+
+@pytest.mark.parametrize("channels", [16, 32, 48, 64, 192])
+def test_sec32_every_residual_block_hears_the_time(channels):
+    """Another time embedding changes the block's answer, at any width: a norm of one channel a group would erase it."""
+    block = awake(ResidualBlock(channels, channels, 8).double())
+    x, emb = randn(1, channels, 4, 4, dtype=torch.float64), randn(2, 1, 8, dtype=torch.float64)
+    assert changed(block(x, emb[0]), block(x, emb[1])) > 1e-3
+
+
+# ------------------------------------------------------------------------------------- the whole network
+
+
+@pytest.mark.parametrize("cond", CONDITIONINGS)
+def test_sec32_every_parameter_receives_a_gradient(cond):
+    """No layer is built and not used, for any way of conditioning."""
+    net = conditional(cond)
+    xt, t, y = batch()
+    net(xt, t, y).square().sum().backward()
+    unused = [name for name, p in net.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-6]
+    assert unused == []
+
+
+@pytest.mark.parametrize("cond", CONDITIONINGS)
+def test_sec32_a_batch_of_two_is_two_batches_of_one(cond):
+    """No image sees another, nor another's t or y."""
+    net = conditional(cond)
+    xt, t, y = batch()
+    with torch.no_grad():
+        one_by_one = torch.cat([net(xt[[i]], t[[i]], y[[i]]) for i in range(2)])
+        close(net(xt, t, y), one_by_one, rel=1e-4, abs=1e-4 * one_by_one.abs().max())
+
+
+def test_sec32_the_answer_depends_on_image_and_time():
+    """Another t changes the answer; so does one pixel in a corner, at the opposite corner (attention joins them)."""
+    net = awake(UNet(**SMALL))
+    xt, t, _ = batch(1)
+    spot = torch.zeros_like(xt)
+    spot[..., 0, 0] = 1
+    with torch.no_grad():
+        answer = net(xt, t)
+        assert changed(answer, net(xt, t + 300)) > 1e-2
+        assert changed(answer[..., -1, -1], net(xt + spot, t)[..., -1, -1]) > 1e-5
+
+
+def test_sec32_each_decoder_block_takes_one_skip_last_in_first_out():
+    """What enters decoder block k is [the output before it, the output of encoder block -k], and each skip matters."""
+    net = awake(UNet(**SMALL))
+    pushed, flow, taken = [], [], []
+    for block in (net.stem, *net.encoder):
+        block.register_forward_hook(lambda m, a, out: pushed.append(out))
+    for block in (net.middle, *net.decoder):
+        block.register_forward_hook(lambda m, a, out: flow.append(out))
+    for block in net.decoder:
+        block.register_forward_pre_hook(lambda m, a: taken.append(a[0]))
+    xt, t, _ = batch()
+    answer = net(xt, t)
+    assert len(pushed) == len(taken) == 6  # 2 levels: the stem, 2 blocks each, one down; 12 at the report's size
+    for h, skip, joined in zip(flow, reversed(pushed), taken):
+        assert torch.equal(joined, torch.cat([h, skip], 1))
+    for skip, gradient in zip(reversed(pushed), torch.autograd.grad(answer.square().sum(), taken)):
+        assert gradient[:, -skip.shape[1] :].abs().amax((0, 2, 3)).min() > 1e-6  # every channel of it
+
+
+def test_sec32_any_image_size_the_levels_divide():
+    """A 12x20 image mirrored along its diagonal, with kernels mirrored likewise, gives the mirrored answer."""
+    net, mirrored = awake(UNet(**SMALL)), awake(UNet(**SMALL))
+    for p in mirrored.parameters():
+        p.data = p.data.mT.contiguous() if p.ndim == 4 else p.data
+    xt, t = randn(1, 1, 12, 20), torch.tensor([700])
+    with torch.no_grad():
+        answer, other = net(xt, t), mirrored(xt.mT.contiguous(), t)
+    assert answer.shape == xt.shape
+    close(other.mT, answer, rel=1e-3, abs=1e-4 * answer.abs().max())
+
+
+REFUSED = [
+    (dict(image_size=66), "image_size must be divisible by 8 for 4 levels, got 66"),
+    (dict(attention_at=(24,)), r"attention_at must be among the resolutions \[64, 32, 16, 8\], got 24"),
+    (dict(head_channels=40), "head_channels must divide the 384 channels that have attention, got 40"),
+    (dict(head_channels=7, attention_at=()), "head_channels must divide the 768 channels that have attention, got 7"),
+    (dict(channels=15), r"channels must be even \(cos and sin of the time embedding\) and at least 2, got 15"),
+    (dict(channels=0), "channels must be even .* and at least 2, got 0"),
+]
+
+
+@pytest.mark.parametrize("wrong, words", REFUSED)
+def test_sec32_a_network_that_cannot_be_built_is_refused_in_words(wrong, words):
+    with torch.device("meta"), pytest.raises(ValueError, match=words):
+        UNet(**wrong)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 16, 16), (1, 1, 15, 16), (1, 1, 16, 15)])
+def test_sec32_an_image_that_does_not_fit_is_refused_in_words(shape):
+    words = rf"takes images of 1 channels and sides divisible by 2, got \({shape[0]}, {shape[1]}, {shape[2]}, {shape[3]}\)"
+    with pytest.raises(ValueError, match=words):
+        UNet(**SMALL)(torch.zeros(shape), torch.ones(1, dtype=torch.int64))
+
+
+# ------------------------------------------------------------------------------------- §4.2: the condition
+
+
+def test_sec42_what_the_unet_is_given():
+    """add: x_t on every channel of RRDB(y); concat: x_t, then RRDB(y); none: x_t, then y; cross and None: x_t alone."""
+    xt, t, y = batch()
+    for cond in CONDITIONINGS:
+        net, seen = conditional(cond), []
+        net.unet.stem.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+        with torch.no_grad():
+            net(xt, t, y)
+            e = net.embedder(y) if cond in ("add", "concat") else y
+        got = seen[0]
+        assert got.shape[1] == {"add": 16, "concat": 17, "none": 2, "cross": 1, None: 1}[cond]
+        if cond == "add":
+            assert all(torch.equal(got[:, [i]], xt + e[:, [i]]) for i in range(16))
+        else:
+            assert torch.equal(got[:, :1], xt)
+            assert cond in ("cross", None) or torch.equal(got[:, 1:], e)
+
+
+def test_sec42_the_embedder_is_the_rrdb_where_there_is_one():
+    """Report size: 16 features of growth 32 for add, concat and cross; none and None carry no embedder."""
+    for cond in CONDITIONINGS:
+        with torch.device("meta"):
+            net = ConditionalUNet(cond)
+        got = sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in net.unet.parameters())
+        assert got == (sum(p.numel() for p in ConditionEmbedder().parameters()) if cond in ("add", "concat", "cross") else 0)
+
+
+@pytest.mark.parametrize("cond", CONDITIONINGS)
+def test_sec42_the_xray_matters_where_it_is_a_condition(cond):
+    """Another y changes the answer, image by image; without conditioning y may be missing."""
+    net = conditional(cond)
+    xt, t, y = batch()
+    with torch.no_grad():
+        answer, other = net(xt, t, y), net(xt, t, torch.cat([y[:1], -y[1:]]))
+        if cond is None:
+            assert torch.equal(answer, net(xt, t))
+        else:
+            assert changed(answer[0], other[0]) < 1e-4 and changed(answer[1], other[1]) > 1e-3
+
+
+@pytest.mark.parametrize("cond", CONDITIONINGS)
+def test_sec42_embedding_once_and_denoising_is_the_forward_pass(cond):
+    """denoise(x_t, t, embed(y)) is forward(x_t, t, y), and embed does not look at x_t or t."""
+    net = conditional(cond)
+    xt, t, y = batch()
+    with torch.no_grad():
+        e = net.embed(y)
+        for shift in (0, 1):
+            assert torch.equal(net.denoise(xt + shift, t + shift, e), net(xt + shift, t + shift, y))
+
+
+def test_sec42_addition_is_a_special_case_of_concatenation():
+    """Give x_t's kernel the sum of the 16 kernels of addition, the features the kernels themselves: the same network."""
+    add, concat = conditional("add"), conditional("concat")
+    weights = add.state_dict()
+    kernel = weights["unet.stem.weight"]
+    concat.load_state_dict(weights | {"unet.stem.weight": torch.cat([kernel.sum(1, keepdim=True), kernel], 1)})
+    xt, t, y = batch()
+    with torch.no_grad():
+        answer = add(xt, t, y)
+        close(concat(xt, t, y), answer, rel=1e-3, abs=1e-4 * answer.abs().max())
+
+
+def test_sec4_cross_attention_sees_the_embedding_patch_by_patch():
+    """32x32 images: a token is one of 16x16 patches of 2x2; a pixel of the embedding changes its own token alone."""
+    net = conditional("cross", image_size=32)
+    layer, seen = next(m for m in net.modules() if isinstance(m, CrossAttention)), []
+    layer.register_forward_pre_hook(lambda m, a: seen.append(a[1]))
+    xt, t, _ = batch(1, 32)
+    e = randn(1, 16, 32, 32)
+    spot = e.clone()
+    spot[0, 3, 10, 21] += 1
+    with torch.no_grad():
+        net.denoise(xt, t, e), net.denoise(xt, t, spot)
+    assert seen[0].shape == (1, 64, 16, 16)
+    assert (seen[0] != seen[1]).any(1).nonzero().tolist() == [[0, 5, 10]]
+
+
+def test_sec42_an_unknown_conditioning_is_refused_in_words():
+    with pytest.raises(ValueError, match=r"cond must be one of \('add', 'concat', 'none', 'cross'\) or None, got 'film'"):
+        ConditionalUNet("film", **SMALL)
