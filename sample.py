@@ -11,9 +11,9 @@ is written has the X-ray's own size. In <RUN folder>/samples or --out DIR, for a
 
     NAME-mask.png           0 outside, 255 inside: where the mean of the ensemble is above 0 of [-1, 1]
     NAME-overlay.png        the outline of the mask on the X-ray, and of the true mask where --masks gives it
-    NAME-mean.png           with --ensemble N > 1: the share of the ensemble that says inside, 0: none, 255: all
-    NAME-disagreement.png   with --ensemble N > 1: the standard deviation of the ensemble, 255 times that of its masks
-                            in [-1, 1]. 0: all agree; 255: half of them say inside and half outside
+    NAME-mean.png           with --ensemble N > 1: the mean of its masks. 0: outside in all; 255: inside in all
+    NAME-disagreement.png   with --ensemble N > 1: the standard deviation of its masks in [-1, 1], times 255.
+                            0: all agree; 255: half of them say inside and half outside
     scores.md               with --masks: the metrics of each X-ray and of all pixels together
 
 and of a synthesis run sample-0000.png, sample-0001.png, ... and the first 64 in samples.png. The noise of image i (its
@@ -174,12 +174,12 @@ def segment(model, cfg, small, args, device, out, title):
         for i, members in zip(rows, samples[:, :, 0]):  # (members, S, S) in [-1, 1]
             xray, name = data.read_gray(args.images[i]), out / Path(args.images[i]).stem
             mean = enlarge(members.mean(0), xray.shape)  # (H, W) in [-1, 1]
-            inside = (mean > 0).numpy()
+            inside, share = (mean > 0).numpy(), data.to_uint8(mean)  # to_uint8 refuses nan
             true = data.read_mask(args.masks[i]) if args.masks else None
             save_gray(Path(f"{name}-mask.png"), np.uint8(255) * inside)
             if cfg.ensemble > 1:
                 spread = enlarge(members.std(0, correction=0), xray.shape)  # 0..1
-                save_gray(Path(f"{name}-mean.png"), data.to_uint8(mean))
+                save_gray(Path(f"{name}-mean.png"), share)
                 save_gray(Path(f"{name}-disagreement.png"), data.to_uint8(2 * spread - 1))
             overlay = {"image": xray, "mask": inside, "title": f"{name.name}\n{title}", "true": true}
             train.write_whole(Path(f"{name}-overlay.png"), functools.partial(figures.save_overlay, **overlay))
@@ -221,7 +221,8 @@ def start(args):
     members = f", {cfg.ensemble} masks an X-ray" if segments else ""
     say(f"{title}; {cfg.ddim_steps} DDIM steps, seed {args.seed}{members}, on {device}")
     if cfg.phantoms:
-        say("This model was trained on phantoms, generated images: what it makes of a real X-ray means nothing.")
+        moral = "what it makes of a real X-ray means nothing" if segments else "what it draws are phantoms, not X-rays"
+        say(f"This model was trained on phantoms, generated images: {moral}.")
     if segments:
         counts = segment(model, cfg, small, args, device, out, f"{title}; not for diagnosis")
         if counts:

@@ -14,6 +14,8 @@ import data
 NAMES = {"COVID-19": ["covid_1.png", "covid_10.png", "covid_2.PNG"],             # code points: 10 before 2
          "Non-COVID": ["non_COVID (1).png", "non_COVID (2).png"],
          "Normal": ["Normal (1).png", "Normal [2].png"]}
+TREE = {"lung": "Lung Segmentation Data", "infection": "Infection Segmentation Data"}
+MASKS = {"lung": ["lung masks"], "infection": ["infection masks", "lung masks"]}    # the first is the task's own
 SIZE = 8
 
 
@@ -24,16 +26,16 @@ def save(path, a, **options):
 
 
 def write_tree(root, task="lung", doubled=True, seed=0):
-    """All splits and classes with random images, random masks, and names that differ between splits."""
+    """All splits and classes with random images, random masks of each kind, and names that differ between splits."""
     rng = np.random.default_rng(seed)
-    tree = root / data.TREES[task] / (data.TREES[task] if doubled else "")
+    tree = root / TREE[task] / (TREE[task] if doubled else "")
     for split in data.SPLITS:
         for c in data.CLASSES:
             for name in NAMES[c]:
                 name = name if split == "Train" else f"{split} {name}"
                 save(tree / split / c / "images" / name, rng.integers(0, 256, (SIZE, SIZE), dtype=np.uint8))
-                save(tree / split / c / data.MASKS[task] / name,
-                     rng.integers(0, 2, (SIZE, SIZE), dtype=np.uint8) * np.uint8(255))
+                for kind in MASKS[task]:
+                    save(tree / split / c / kind / name, np.uint8(255) * (rng.random((SIZE, SIZE)) < 0.5))
     return tree
 
 
@@ -46,7 +48,7 @@ def root(tmp_path):
 @pytest.fixture
 def here(root):
     """Train/COVID-19 of the lung tree."""
-    return root / data.TREES["lung"] / data.TREES["lung"] / "Train" / "COVID-19"
+    return root / TREE["lung"] / TREE["lung"] / "Train" / "COVID-19"
 
 
 @pytest.fixture
@@ -234,7 +236,7 @@ def test_each_row_holds_the_image_and_the_mask_of_its_own_name(tmp_path, task):
         for image, mask, name in zip(s.images, s.masks, s.names):
             c, file = name.split("/")
             assert np.array_equal(image[0], np.asarray(Image.open(tree / split / c / "images" / file)))
-            assert np.array_equal(mask[0], np.asarray(Image.open(tree / split / c / data.MASKS[task] / file)))
+            assert np.array_equal(mask[0], np.asarray(Image.open(tree / split / c / MASKS[task][0] / file)))
 
 
 def test_resized_rows_match_their_names_too(here, load):
@@ -272,7 +274,7 @@ def test_doubled_folder_single_folder_and_the_tree_itself_are_the_same(tmp_path)
 
 
 def test_the_other_tasks_tree_is_not_taken_for_this_ones(root):
-    for r in (root, root / data.TREES["lung"], root / data.TREES["lung"] / data.TREES["lung"]):
+    for r in (root, root / TREE["lung"], root / TREE["lung"] / TREE["lung"]):
         with pytest.raises(data.DataError, match=r"no data for infection: looked for Train, Val, Test in .*Infection"):
             data.load(r, "infection", "Train")
 
@@ -531,10 +533,11 @@ def test_the_progress_line_says_rate_and_time_left_every_ten_seconds(monkeypatch
     now = [100.0]
     monkeypatch.setattr(data.time, "monotonic", lambda: now[0])
     progress = data.progress_line("decoding")
-    for seconds, done in ((1, 500), (20, 1000), (21, 1050), (3720, 33920)):
+    for seconds, done in ((1, 500), (20, 1000), (21, 1050), (3719, 33000), (3720, 33920)):
         now[0] = 100.0 + seconds
         progress(done, 33920)
     assert capsys.readouterr().err == ("decoding 1000/33920 50/s 10:58 left\n"          # 32920 left, at 1000 in 20 s
+                                       "decoding 33000/33920 8.87/s 1:44 left\n"
                                        "decoding 33920/33920 9.12/s took 1:02:00\n")
 
 
@@ -561,16 +564,12 @@ def test_locate_takes_a_given_folder_or_says_what_it_looked_for(root, tmp_path):
 
 
 def test_locate_without_a_folder_takes_the_first_home_in_the_layout_else_phantoms(root, tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr(data, "ensure_phantoms", written.append)
     monkeypatch.setattr(data, "DATA_HOMES", (tmp_path / "nowhere", root))
-    assert data.locate(None, "lung") == (root, False) and written == []
-    assert data.locate(None, "infection") == (data.PHANTOMS, True) and written == ["infection"]
+    assert data.locate(None, "lung") == (root, False)
+    assert data.locate(None, "infection") == (data.PHANTOMS, True)
 
 
-def test_phantoms_given_by_name_are_still_phantoms(root, monkeypatch):
+def test_phantoms_given_by_name_are_still_phantoms(root):
+    assert not data.locate(root, "lung")[1]
     (root / data.PHANTOMS_NOTE).write_text("generated")
-    assert data.locate(root, "lung") == (root, True)
-    (root / data.PHANTOMS_NOTE).unlink()
-    monkeypatch.setattr(data, "PHANTOMS", root)
-    assert data.locate(root, "lung")[1] and data.locate(root / data.TREES["lung"], "lung")[1]
+    assert data.locate(root, "lung") == (root, True) and data.locate(root / TREE["lung"], "lung")[1]

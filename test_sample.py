@@ -36,6 +36,15 @@ def write_run(folder, cfg):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny networks are faster so, and sums of floats come out the same each time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def lung(tmp_path):
     return write_run(tmp_path / "lung", config())
@@ -48,7 +57,7 @@ def synthesis(tmp_path):
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """A lung run that answers, as x_0, the X-ray itself: so the mask is where the X-ray is brighter than middle gray."""
+    """A lung run that answers, as x_0, the X-ray itself: so its mask is where that is brighter than middle gray."""
     monkeypatch.setattr(ConditionalUNet, "denoise", lambda self, xt, t, e: e)
     return write_run(tmp_path / "mirror", config(target="x0"))
 
@@ -193,9 +202,9 @@ def test_mean_and_disagreement_are_those_of_the_members(lung, call, tmp_path):
     for x, path in zip(members, paths):
         mean, spread = ((x + 1) / 2).mean(0), ((x + 1) / 2).std(0)  # of masks in [0, 1]; the spread is at most 1/2
         found = {kind: read(lung / "samples" / f"{path.stem}-{kind}.png") for kind in ("mask", "mean", "disagreement")}
-        assert np.abs(found["mean"] - 255 * mean).max() < 0.51
-        assert np.abs(found["disagreement"] - 510 * spread).max() < 0.51 and found["disagreement"].max() > 100
-        sure = np.abs(mean - 0.5) > 1e-5
+        assert np.abs(found["mean"] - 255 * mean).max() < 0.6
+        assert np.abs(found["disagreement"] - 510 * spread).max() < 0.6 and found["disagreement"].max() > 100
+        sure = np.abs(mean - 0.5) > 1e-3
         assert np.array_equal(found["mask"][sure], 255 * (mean > 0.5)[sure])
 
 
@@ -213,6 +222,13 @@ def test_half_inside_and_half_outside_is_the_largest_disagreement(lung, call, tm
     assert call(lung, "--images", path, "--ensemble", 4)[0] == 0
     disagreement = read(lung / "samples" / "x0-disagreement.png")
     assert disagreement.shape == (40, 24) and (disagreement == 255).all()
+
+
+def test_nan_is_not_an_empty_mask(lung, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(ConditionalUNet, "denoise", lambda self, xt, t, e: xt * torch.nan)
+    with pytest.raises(ValueError, match="nan"):
+        call(lung, "--images", *xrays(tmp_path / "in", 1))
+    assert not contents(lung / "samples")
 
 
 def test_one_mask_has_no_ensemble_pictures_and_the_runs_own_ensemble_is_the_default(tmp_path, call):
@@ -284,7 +300,7 @@ def test_save_overlay_draws_outlines_where_the_masks_are(tmp_path):
     assert columns(figures.TRUE, mask=left) is None
     assert columns(figures.TRUE, mask=left, true=right) == pytest.approx((0.7, 0.9), abs=0.02)
     assert columns(figures.SAMPLED, mask=right & left) is None  # an empty mask has no outline
-    draw(tmp_path / "row.png", gray[:1], left[25:26], "", left[25:26])  # one row of pixels has none either, and is no error
+    draw(tmp_path / "row.png", gray[:1], left[25:26], "", left[25:26])  # nor has one row of pixels
 
 
 # synthesis
@@ -352,7 +368,7 @@ def test_a_file_of_the_user_is_never_overwritten(lung, call, tmp_path, link):
         link(true, tmp_path / "in" / "x0-mask.png")
     before = contents(tmp_path / "in")
     status, _, err = call(lung, "--images", image, "--masks", true, "--out", tmp_path / "in")
-    assert status == 2 and err.splitlines()[-1].endswith("would be overwritten by a result of that name; choose another --out")
+    assert status == 2 and "x0-mask.png would be overwritten by a result of that name; choose another --out" in err
     assert contents(tmp_path / "in") == before
 
 
@@ -367,8 +383,10 @@ def test_a_model_of_phantoms_says_so(tmp_path, call, overlays):
     for phantoms in (True, False):
         run = write_run(tmp_path / str(phantoms), config(phantoms=phantoms))
         out = call(run, "--images", *paths)[1]
-        assert ("trained on phantoms, generated images" in out) == phantoms
+        assert ("trained on phantoms, generated images: what it makes of a real X-ray means nothing" in out) == phantoms
         assert ("trained on phantoms" in overlays[-1]["title"]) == phantoms
+    out = call(write_run(tmp_path / "synthesis", config("synthesis", phantoms=True)), "-n", 1)[1]
+    assert "trained on phantoms, generated images: what it draws are phantoms, not X-rays" in out
 
 
 def test_an_xray_of_12_bits_in_16_is_remarked_on(lung, call, tmp_path):
