@@ -202,11 +202,10 @@ def test_sec4_cross_attention_is_the_formula_with_keys_and_values_of_the_conditi
     """Queries of the image, keys and values of the tokens; queries and keys also see the position code."""
     layer = awake(CrossAttention(24, 10, D).double(), 0.3)
     x, tokens = randn(2, 24, 3, 5, dtype=torch.float64), randn(2, 10, 4, 2, seed=1, dtype=torch.float64)
-    linear = lambda layer, z: torch.einsum("oc,bchw->bohw", layer.weight[..., 0], z).flatten(2) + layer.bias[:, None]
-    q = linear(layer.q, torch.cat([layer.norm(x), unet.position_code(x)], 1))
-    k = linear(layer.k, torch.cat([tokens, unet.position_code(tokens)], 1))
-    out = pieces_attended(q, k, linear(layer.v, tokens), D)
-    close(layer(x, tokens), x + linear(layer.out, out[..., None]).reshape(x.shape))
+    q = layer.q(torch.cat([layer.norm(x), unet.position_code(x)], 1).flatten(2))
+    k = layer.k(torch.cat([tokens, unet.position_code(tokens)], 1).flatten(2))
+    out = layer.out(pieces_attended(q, k, layer.v(tokens.flatten(2)), D))
+    close(layer(x, tokens), x + out.reshape(x.shape))
 
 
 def test_sec4_position_code_names_places_whatever_the_grid():
@@ -295,6 +294,15 @@ def test_sec32_each_decoder_block_takes_one_skip_last_in_first_out():
         assert torch.equal(joined, torch.cat([h, skip], 1))
     for skip, gradient in zip(reversed(pushed), torch.autograd.grad(answer.square().sum(), taken)):
         assert gradient[:, -skip.shape[1] :].abs().amax((0, 2, 3)).min() > 1e-6  # every channel of it
+
+
+def test_sec32_float64_and_float32_agree():
+    """The network in double precision gives the single-precision answer: nothing is rounded or fixed on the way."""
+    net = awake(UNet(**SMALL))
+    xt, t, _ = batch()
+    with torch.no_grad():
+        answer = net(xt, t)
+        close(net.double()(xt.double(), t).float(), answer, rel=1e-3, abs=1e-4 * answer.abs().max())
 
 
 def test_sec32_any_image_size_the_levels_divide():

@@ -395,6 +395,18 @@ def load_run(path, device="cpu"):
 # ------------------------------------------------------------------------------------- evaluation: §4.3
 
 
+def passes_line(label, total, check=lambda: None):
+    """A progress(images) for the samplers below: images passed through the network, of `total`, and the time left."""
+    line, done = data.progress_line(label), 0
+
+    def progress(images):
+        nonlocal done
+        line(done := done + images, total)
+        check()
+
+    return progress
+
+
 def eps_model_of(model, cfg, s, device, progress=None):
     """The network as the samplers want it, eps_model(xt, t, e), whatever it predicts. e = model.embed(y), once for all steps."""
 
@@ -664,15 +676,7 @@ class Run:
 
         cfg, start = self.cfg, time.monotonic()
         self.log_loss()
-        line, done = data.progress_line(f"evaluating step {self.trainer.step}: passes"), 0
-        total = self.passes()
-
-        def progress(passes):
-            nonlocal done
-            done += passes
-            line(done, total)
-            signals.check()
-
+        progress = passes_line(f"evaluating step {self.trainer.step}: passes", self.passes(), signals.check)
         function = evaluate_images if cfg.task == "synthesis" else evaluate_masks
         report, shown = function(self.trainer.ema, cfg, self.splits, self.device, progress)
         self.evaluate_s = time.monotonic() - start

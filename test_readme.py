@@ -1,0 +1,104 @@
+"""The README is true: what it names exists, what it commands parses, and its numbers stand in results/."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE = re.findall(r"`([^`\n]+)`", README) + [line.strip() for line in README.splitlines() if line.startswith("    ")]
+
+
+def commands(script):
+    """Every command of the README that calls this script, its arguments as a shell would split them."""
+    calls = [re.sub(r".*&& ", "", code) for code in CODE]
+    return sorted({call.split("#")[0].strip() for call in calls if call.startswith(f"python {script}") and "--" in call})
+
+
+@pytest.mark.parametrize("symbol", sorted(set(re.findall(r"`((?:diffusion|unet|rrdb|metrics|data|train|sample)\.\w+)`", README))))
+def test_every_symbol_exists(symbol):
+    """`module.name` in the README can be imported."""
+    module, name = symbol.split(".")
+    if name == "py":
+        assert (ROOT / symbol).is_file()
+    else:
+        assert hasattr(importlib.import_module(module), name)
+
+
+def test_every_test_it_names_exists_and_the_map_names_one_a_line():
+    """The equation map's last column are functions of the test files."""
+    tests = set(re.findall(r"^def (test_\w+)", "\n".join(f.read_text() for f in ROOT.glob("test_*.py")), re.M))
+    named = set(re.findall(r"`(test_[a-z]\w+)`", README))
+    assert named <= tests, named - tests
+    rows = re.findall(r"^\| (?:Eq\.|§).*\| (.*) \|$", README.split("## Where each equation is")[1].split("\n## ")[0], re.M)
+    assert len(rows) >= 12 and all("`test_" in row for row in rows)
+
+
+@pytest.mark.parametrize("command", commands("train.py"))
+def test_every_training_command_is_accepted(command):
+    """train.py parses and resolves it, or it is a --resume or --help."""
+    train = importlib.import_module("train")
+    words = shlex.split(command)[2:]
+    if "--help" in words:
+        return
+    args = train.parse(words)
+    if not args.resume:
+        train.describe(train.configure(args, train.torch.device("cpu")))
+
+
+@pytest.mark.parametrize("command", commands("sample.py"))
+def test_every_sampling_command_is_accepted(command):
+    """sample.py parses it."""
+    assert importlib.import_module("sample").parse(shlex.split(command)[2:]).run.startswith("runs/")
+
+
+def test_the_training_commands_of_the_docstrings_are_accepted():
+    """train.py's own docstring."""
+    train = importlib.import_module("train")
+    lines = re.findall(r"^    python train\.py (.*?)(?:  +.*)?$", train.__doc__, re.M)
+    assert len(lines) >= 5
+    for line in lines:
+        args = train.parse(line.split())
+        if not args.resume:
+            train.configure(args, train.torch.device("cpu"))
+
+
+def test_every_link_and_picture_is_in_the_project():
+    """Relative targets of [text](target) and ![...](...)."""
+    targets = [t for t in re.findall(r"\]\(([^)\s]+)\)", README) if not t.startswith("http")]
+    assert targets and all((ROOT / t).exists() for t in targets), targets
+
+
+def published():
+    """{file name: dict} of results/."""
+    return {f.name: json.loads(f.read_text()) for f in sorted((ROOT / "results").glob("*.json"))}
+
+
+def test_every_result_says_where_it_comes_from():
+    """Each JSON of results/ has configuration, seed, commit, hardware, data and the evaluation."""
+    assert published()
+    for name, result in published().items():
+        assert {"config", "evaluation", "commit", "hardware", "torch", "minutes", "command"} <= result.keys(), name
+        assert {"seed", "phantoms", "task"} <= result["config"].keys(), name
+        assert not re.search(r"/(work|root|home|tmp)/", json.dumps(result)), f"{name} holds a path of one machine"
+
+
+def test_the_numbers_of_the_results_table_are_those_of_results():
+    """Each row `| [name](results/name.json) | ... | **value** |` repeats the file's own validation score to four digits."""
+    rows = re.findall(r"^\|.*\]\(results/([\w-]+\.json)\).*\*\*([\d.]+)\*\*.*\|$", README, re.M)
+    assert len(rows) >= 5
+    results = published()
+    for name, value in rows:
+        val = results[name]["evaluation"]["Val"]
+        number = val["pooled"]["DICE index"] if "pooled" in val else val["Fréchet distance"]
+        assert f"{number:.4f}" == value, name
+    assert set(results) == {name for name, _ in rows}
+
+
+def test_nothing_is_left_to_fill_in():
+    """No placeholder."""
+    assert not re.search(r"@[A-Z]+@|TODO|FIXME", README)
