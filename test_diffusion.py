@@ -536,6 +536,16 @@ def test_ddim_eta_0_is_a_function_of_x_T_alone():
         D.ddim_sample(S, gaussian_world(S, 0.3, 0.1), lambda: x, eta=1.5)
 
 
+@pytest.mark.parametrize("clip", [True, False])
+def test_ddim_at_eta_1_and_all_T_steps_is_ddpm(clip):
+    """The same draws through both samplers, sigma^2 = beta~: one path, clipped or not. Half the eta is another path."""
+    x, model = images(3, 1, 2, 2), gaussian_world(HUNDRED, 0.6, 0.3)
+    ddpm = D.ddpm_sample(HUNDRED, model, noises(x), variance="beta~", clip=clip, trajectory=True)
+    ddim = [D.ddim_sample(HUNDRED, model, noises(x), None, 100, eta, clip, trajectory=True) for eta in (1.0, 0.5)]
+    close(ddim[0], ddpm, abs=1e-9)
+    assert (ddim[1] - ddpm)[-1].abs().max() > 0.1
+
+
 def test_ddim_asks_the_model_at_the_steps_visited():
     """50 passes, at 1000, 980, ..., 20: the first where x_t is noise, none at 0."""
     asked = []

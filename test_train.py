@@ -19,9 +19,10 @@ import data
 import diffusion
 import metrics
 import train
+from notebooks import figures
 
 ROOT = Path(__file__).resolve().parent
-TINY = "--preset small --image-size 16 --batch-size 4 --steps 4 --eval-every 2 --eval-images 4 --ddim-steps 2 --precision fp32"
+TINY = "--preset small --channels 4 --image-size 16 --batch-size 4 --steps 4 --eval-every 2 --eval-images 4 --ddim-steps 2 --precision fp32"
 CPU = torch.device("cpu")
 
 
@@ -45,6 +46,13 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture
+def no_pictures(monkeypatch):
+    """Matplotlib takes seconds; one test draws, the others need not."""
+    for name in ("save_curves", "save_mask_grid", "save_image_grid"):
+        monkeypatch.setattr(figures, name, lambda path, *_: Path(path).touch())
+
+
+@pytest.fixture
 def go(root, tmp_path, monkeypatch):
     """go("--task lung ...") runs train.py in this process on the tiny data; returns (exit status, run folder)."""
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
@@ -62,7 +70,7 @@ def go(root, tmp_path, monkeypatch):
 
 
 def config(**settings):
-    args = train.parse("--task lung --preset small --image-size 16 --batch-size 4 --steps 10 --precision fp32".split())
+    args = train.parse("--task lung --preset small --channels 4 --image-size 16 --batch-size 4 --steps 10 --precision fp32".split())
     return dataclasses.replace(train.configure(args, CPU), **settings)
 
 
@@ -142,7 +150,7 @@ REFUSALS = [
     ("--task lung --eta 1.5", "--eta must be between 0 and 1, got 1.5"),
     ("--task lung --ddim-steps 1001", "--ddim-steps must be at most T = 1000, got 1001"),
     ("--task lung --image-size 20", "image_size must be divisible by 8 for 4 levels, got 20"),
-    ("--task lung --channels 20", "head_channels must divide the"),
+    ("--task lung --channels 6", "head_channels must divide the 24 channels that have attention, got 16"),
     ("--task lung --classes Covid", "--classes must be some of COVID-19, Non-COVID, Normal, got Covid"),
     ("--task lung --data /no/such/folder", "/no/such/folder"),
     ("--task lung --device quantum", "--device"),
@@ -159,7 +167,7 @@ def test_bad_input_gets_one_line_and_exit_status_2(go, capsys, words, message):
     assert status == 2 and message in error and error.count("\n") == 1 and error.startswith("train.py: error: ")
 
 
-def test_without_a_dataset_the_phantoms_are_announced_and_a_given_folder_never_falls_back(go, root, monkeypatch, capsys, tmp_path):
+def test_without_a_dataset_the_phantoms_are_announced_and_a_given_folder_never_falls_back(go, root, monkeypatch, capsys, tmp_path, no_pictures):
     """The paragraph names where it looked; everything that the run writes says phantoms."""
     monkeypatch.setattr(data, "DATA_HOMES", (tmp_path / "nowhere",))
     monkeypatch.setattr(data, "PHANTOMS", root)
@@ -364,7 +372,7 @@ def assert_same(a, b, where=""):
 
 @pytest.mark.parametrize("words", ["--task lung", "--task synthesis", "--task lung --precision bf16 --eta 0.5"])
 @pytest.mark.parametrize("stop_at", [1, 3])
-def test_a_resumed_run_is_an_uninterrupted_run_bit_for_bit(go, monkeypatch, words, stop_at, capsys):
+def test_a_resumed_run_is_an_uninterrupted_run_bit_for_bit(go, monkeypatch, words, stop_at, capsys, no_pictures):
     """SIGINT in a step, --resume: weights, averages, optimiser and evaluations equal those of a run that was left alone."""
     words = f"{words} --steps 5 --batch-size 5"
     given = TINY.replace("--batch-size 4 --steps 4 ", "")
@@ -389,7 +397,7 @@ def test_a_resumed_run_is_an_uninterrupted_run_bit_for_bit(go, monkeypatch, word
     assert json.dumps(evaluations(whole)) == json.dumps(evaluations(folder)) and len(evaluations(whole)) == 3
 
 
-def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_made_up_for(go, monkeypatch):
+def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_made_up_for(go, monkeypatch, no_pictures):
     """Stopped inside the evaluation of step 2: saved at step 2, and --resume evaluates step 2 first."""
     sample = train.sample_masks
 
@@ -422,7 +430,7 @@ def test_sigterm_to_a_real_process_writes_a_checkpoint(root, tmp_path):
     assert state_of(out)["step"] >= 1
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(go, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(go, monkeypatch, capsys, no_pictures):
     """Planted nan in step 3: status 1, the message has step and learning rate, last.pt is step 2's and finite."""
     step = train.Trainer.train_step
 
@@ -450,7 +458,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
 
 
-def test_a_finished_run_is_not_overwritten_and_can_be_prolonged(go, capsys):
+def test_a_finished_run_is_not_overwritten_and_can_be_prolonged(go, capsys, no_pictures):
     """The same command again is refused with what to do; --resume --steps goes on; fewer steps or another flag are refused."""
     _, folder = go("--task lung")
     capsys.readouterr()
@@ -462,7 +470,7 @@ def test_a_finished_run_is_not_overwritten_and_can_be_prolonged(go, capsys):
     assert state_of(folder)["step"] == 6 and [x["step"] for x in train.Log(folder / "log.jsonl", 6).evaluations()] == [2, 4, 6]
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(go, capsys):
+def test_a_damaged_checkpoint_is_refused_by_name(go, capsys, no_pictures):
     """Cut in half: one line, not a traceback; the file is left as it is."""
     _, folder = go("--task lung")
     whole = (folder / "last.pt").read_bytes()
@@ -472,7 +480,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(go, capsys):
     assert len((folder / "last.pt").read_bytes()) == len(whole) // 2
 
 
-def test_best_pt_is_the_evaluation_with_the_highest_validation_dice(go, monkeypatch):
+def test_best_pt_is_the_evaluation_with_the_highest_validation_dice(go, monkeypatch, no_pictures):
     """Planted scores 0.2, 0.9, 0.5: best.pt is the second evaluation's."""
     scores, evaluate = iter((0.2, 0.9, 0.5)), train.evaluate_masks
 

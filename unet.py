@@ -31,8 +31,12 @@ def timestep_embedding(t, dim):
 
 
 def group_norm(channels):
-    """GroupNorm of 32 groups, or of the largest divisor of 32 that divides the channels of a small network."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-5)
+    """GroupNorm of 32 groups; in a small network fewer, of at least 4 channels.
+
+    A group of one channel subtracts that channel's mean, and with it the time embedding, constant over the image.
+    """
+    groups = min(32, max(1, channels // 4))
+    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-5)
 
 
 def zero(layer):
@@ -113,7 +117,7 @@ class CrossAttention(nn.Module):
         self.D = head_channels
         self.norm = group_norm(channels)
         self.q = nn.Conv1d(channels + 24, channels, 1)
-        self.k = nn.Conv1d(context_channels + 24, channels, 1)
+        self.k = nn.Conv1d(context_channels + 24, channels, 1, bias=False)  # softmax would not see it
         self.v = nn.Conv1d(context_channels, channels, 1)
         self.out = zero(nn.Conv1d(channels, channels, 1))
 
