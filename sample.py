@@ -128,17 +128,6 @@ def plan(args, cfg, out):
     return files
 
 
-def passes_line(label, total):
-    """A progress(passes) for train's samplers, shown as passes of the network done, and the time left."""
-    line, done = data.progress_line(label), 0
-
-    def progress(passes):
-        nonlocal done
-        line(done := done + passes, total)
-
-    return progress
-
-
 def save_gray(path, gray):
     train.write_whole(path, lambda f: Image.fromarray(gray).save(f))
 
@@ -147,7 +136,7 @@ def draw(model, cfg, N, seed, device, out, title):
     """N X-rays from noise, §3: sample-0000.png, ... and samples.png."""
     from notebooks import figures  # matplotlib takes a while to load
 
-    progress, shown = passes_line("drawing: passes", N * cfg.ddim_steps), []
+    progress, shown = train.passes_line("drawing: passes", N * cfg.ddim_steps), []
     for rows in train.pieces(np.arange(N), device):
         x0 = data.to_uint8(train.sample_images(model, cfg, rows, device, progress, seed=seed))  # (B, 1, S, S)
         for i, gray in zip(rows, x0):
@@ -167,7 +156,7 @@ def segment(model, cfg, small, args, device, out, title):
     from notebooks import figures
 
     N, counts = len(small), []
-    progress = passes_line("segmenting: passes", N * cfg.ensemble * cfg.ddim_steps)
+    progress = train.passes_line("segmenting: passes", N * cfg.ensemble * cfg.ddim_steps)
     for rows in train.pieces(np.arange(N), device, cfg.ensemble):
         y = data.to_float(small[rows]).to(device)
         samples = train.sample_masks(model, cfg, y, rows, cfg.ensemble, device, progress, seed=args.seed).cpu()

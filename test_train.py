@@ -167,7 +167,7 @@ def test_bad_input_gets_one_line_and_exit_status_2(go, capsys, words, message):
     assert status == 2 and message in error and error.count("\n") == 1 and error.startswith("train.py: error: ")
 
 
-def test_without_a_dataset_the_phantoms_are_announced_and_a_given_folder_never_falls_back(go, root, monkeypatch, capsys, tmp_path, no_pictures):
+def test_without_a_dataset_phantoms_are_announced_and_a_given_folder_never_falls_back(root, monkeypatch, capsys, tmp_path, no_pictures):
     """The paragraph names where it looked; everything that the run writes says phantoms."""
     monkeypatch.setattr(data, "DATA_HOMES", (tmp_path / "nowhere",))
     monkeypatch.setattr(data, "PHANTOMS", root)
@@ -414,7 +414,7 @@ def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_made_up_for(g
 
 
 def test_sigterm_to_a_real_process_writes_a_checkpoint(root, tmp_path):
-    """The command itself, killed from outside while it trains: status 130, a checkpoint, and the line that says how to go on."""
+    """The command itself, killed from outside while it trains: status 130, a checkpoint, the line that says how to go on."""
     out = tmp_path / "run"
     words = TINY.replace("--steps 4", "--steps 100000").replace("--eval-every 2", "--eval-every 100000")
     command = [sys.executable, "train.py", "--task", "lung", *words.split(), "--data", str(root), "--out", str(out)]
@@ -464,10 +464,22 @@ def test_a_finished_run_is_not_overwritten_and_can_be_prolonged(go, capsys, no_p
     capsys.readouterr()
     assert go("--task lung")[0] == 2 and f"holds a run already; go on with --resume {folder}" in capsys.readouterr().err
     resume = ["--resume", str(folder)]
-    assert train.main([*resume, "--lr", "1"]) == 2 and "--resume keeps the run's own settings" in capsys.readouterr().err
+    assert train.main([*resume, "--lr", "1"]) == 2 and "--resume keeps the run's settings" in capsys.readouterr().err
     assert train.main([*resume, "--steps", "3"]) == 2 and "--steps must be at least the 4 steps" in capsys.readouterr().err
     assert train.main([*resume, "--steps", "6"]) == 0
     assert state_of(folder)["step"] == 6 and [x["step"] for x in train.Log(folder / "log.jsonl", 6).evaluations()] == [2, 4, 6]
+
+
+def test_a_finished_run_is_evaluated_anew_under_another_protocol_and_not_trained(go, no_pictures):
+    """--resume --ensemble 3: one more evaluation of the same weights, equal to that of evaluate_masks; asked twice, made once."""
+    _, folder = go("--task lung")
+    before = state_of(folder)
+    for _ in range(2):
+        assert train.main(["--resume", str(folder), "--ensemble", "3", "--eval-images", "5"]) == 0
+    assert_same(before["ema"], state_of(folder)["ema"])
+    last = train.Log(folder / "log.jsonl", 4).evaluations()
+    assert [line["protocol"]["ensemble"] for line in last] == [1, 1, 3] and last[-1]["Val"]["images"] == 5
+    assert json.loads((folder / "results.json").read_text())["evaluation"] == last[-1]
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(go, capsys, no_pictures):
@@ -478,6 +490,11 @@ def test_a_damaged_checkpoint_is_refused_by_name(go, capsys, no_pictures):
     assert train.main(["--resume", str(folder)]) == 2
     assert f"{folder / 'last.pt'}: not a checkpoint of train.py, or a damaged one" in capsys.readouterr().err
     assert len((folder / "last.pt").read_bytes()) == len(whole) // 2
+    state = torch.load(folder / "best.pt", weights_only=True)
+    state["config"]["channels"] = 8
+    torch.save(state, folder / "best.pt")
+    with pytest.raises(train.UserError, match="best.pt: its weights do not fit its configuration"):
+        train.load_run(folder / "best.pt")
 
 
 def test_best_pt_is_the_evaluation_with_the_highest_validation_dice(go, monkeypatch, no_pictures):

@@ -5,6 +5,7 @@ r"""Train one model of the report: X-rays from noise (§3), or masks from X-rays
     python train.py --task infection --cond add      §4.5  infection masks  (Table 2, Figure 7)
     python train.py --task synthesis                 §3    chest X-rays     (Figure 3)
     python train.py --resume runs/lung-concat-0      go on with a run that was stopped
+    python train.py --resume runs/lung-concat-0 --eval-images 512 --ensemble 9     evaluate a finished run in another way
 
 Data: COVID-QU-Ex in ./COVID-QU-Ex or in --data DIR; without it, generated chest phantoms. Preset: `report` is the
 report's network and hyperparameters, for a GPU; `small` is the same code at a size a laptop trains in minutes. Without
@@ -44,6 +45,7 @@ from unet import CONDITIONINGS, ConditionalUNet
 
 TASKS = ("synthesis", "lung", "infection")
 EVAL_SEED = 0  # chooses the evaluated images and their x_T: the same in every run, so that runs compare (§4.3)
+PROTOCOL = ("eval_images", "ddim_steps", "eta", "ensemble")  # how an evaluation samples; --resume may change it
 SAVE_EVERY = 300  # seconds between checkpoints
 REPORT_TABLES = {  # Tables 1 and 2: (addition, concatenation)
     "lung": {
@@ -169,7 +171,7 @@ def parse(argv):
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where the device is fast at it")
     p.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
     p.add_argument("--out", metavar="DIR", help="run folder; default runs/<task>-<cond>-<seed>")
-    p.add_argument("--resume", metavar="RUN", help="go on with this run; of the other flags only --steps, --data, --device")
+    p.add_argument("--resume", metavar="RUN", help="go on with this run, or evaluate it in another way (--eval-images 512 --ensemble 9)")
     p.add_argument("--dry-run", action="store_true", help="print the configuration and the sizes, and stop")
     return p.parse_args(argv)
 
@@ -386,7 +388,10 @@ def load_run(path, device="cpu"):
     """(model with the averaged weights, config, step) of a run folder or checkpoint; what sample.py and the notebooks call."""
     c = read_checkpoint(path, device)
     model = build_model(c["config"]).to(device)
-    model.load_state_dict(c["ema"])
+    try:
+        model.load_state_dict(c["ema"])
+    except (KeyError, RuntimeError) as e:
+        raise UserError(f"{path}: its weights do not fit its configuration") from e
     return model.requires_grad_(False).eval(), c["config"], c["step"]
 
 
@@ -664,9 +669,14 @@ class Run:
         self.saved_at = time.monotonic()
 
     def evaluation_due(self):
+        """At every eval_every-th step and the last, once under each protocol."""
         step, evaluations = self.trainer.step, self.log.evaluations()
         due = step > 0 and (step % self.cfg.eval_every == 0 or step == self.cfg.steps)
-        return due and not (evaluations and evaluations[-1]["step"] == step)
+        done = evaluations and evaluations[-1]["step"] == step and evaluations[-1]["protocol"] == self.protocol()
+        return due and not done
+
+    def protocol(self):
+        return {name: getattr(self.cfg, name) for name in PROTOCOL}
 
     def evaluate(self, signals):
         """Evaluate, log, draw, and keep last.pt and best.pt."""
@@ -678,7 +688,7 @@ class Run:
         function = evaluate_images if cfg.task == "synthesis" else evaluate_masks
         report, shown = function(self.trainer.ema, cfg, self.splits, self.device, progress)
         self.evaluate_s = time.monotonic() - start
-        self.log.add(step=self.trainer.step, **report, seconds=round(self.evaluate_s, 1))
+        self.log.add(step=self.trainer.step, protocol=self.protocol(), **report, seconds=round(self.evaluate_s, 1))
 
         best = max(self.log.evaluations(), key=quality)
         if best["step"] == self.trainer.step:
@@ -742,17 +752,17 @@ def prepare(args, device):
         if (folder / "last.pt").exists():
             raise UserError(f"{folder} holds a run already; go on with --resume {folder}, or choose another --out")
         return cfg, folder, None
-    given = {k for k, v in vars(args).items() if v not in (None, False)} - {"resume", "steps", "data", "device", "dry_run"}
-    if given:
-        flags = ", ".join("--" + k.replace("_", "-") for k in sorted(given))
-        raise UserError(f"--resume keeps the run's own settings (only --steps, --data and --device may change), got {flags}")
+    given = {k: v for k, v in vars(args).items() if v not in (None, False)}
+    fixed = given.keys() - {"resume", "steps", "data", "device", "dry_run", "eval_every", *PROTOCOL}
+    if fixed:
+        flags = ", ".join("--" + k.replace("_", "-") for k in sorted(fixed))
+        raise UserError(f"--resume keeps the run's settings (but --steps, --data, --device and those of evaluation), got {flags}")
     folder = Path(args.resume)
     state = read_checkpoint(folder, device)
-    cfg = state["config"]
-    if args.steps is not None:
-        if args.steps < state["step"]:
-            raise UserError(f"--steps must be at least the {state['step']} steps that {folder} has taken, got {args.steps}")
-        cfg = dataclasses.replace(cfg, steps=args.steps)
+    cfg = dataclasses.replace(state["config"], **{k: v for k, v in given.items() if k in ("steps", "eval_every", *PROTOCOL)})
+    check(cfg)
+    if cfg.steps < state["step"]:
+        raise UserError(f"--steps must be at least the {state['step']} steps that {folder} has taken, got {cfg.steps}")
     return cfg, folder, state
 
 
