@@ -85,7 +85,17 @@ def q_posterior(s, x0, xt, t):
     from_x0 = abar_prev.sqrt() * s.beta / (1 - s.abar)
     from_xt = s.alpha.sqrt() * (1 - abar_prev) / (1 - s.abar)
     mean = at(from_x0, t, x0) * x0 + at(from_xt, t, x0) * xt
-    return mean, at((1 - abar_prev) / (1 - s.abar) * s.beta, t, x0)
+    return mean, at(sigma2(s, "beta~"), t, x0)
+
+
+VARIANCES = ("beta", "beta~")
+
+
+def sigma2(s, variance):
+    r"""sigma_t^2 for t = 0..T, (T+1,) float64: "beta" is beta_t (§2), "beta~" that of Eq. (4), 0 at t = 1; entry 0 is never asked for."""
+    if variance not in VARIANCES:
+        raise ValueError(f"variance must be one of {VARIANCES}, got {variance!r}")
+    return s.beta if variance == "beta" else (1 - s.abar.roll(1)) / (1 - s.abar) * s.beta
 
 
 # ------------------------------------------------------------------------------------- x_0, eps and v: three names of one unknown
@@ -123,8 +133,6 @@ def eps_of(s, target, answer, xt, t):
 
 # ------------------------------------------------------------------------------------- reverse process and losses: Eqs. (5)-(7)
 
-VARIANCES = ("beta", "beta~")
-
 
 def p_step(s, xt, t, eps, variance="beta", clip=False):
     r"""Mean and variance of p_theta(x_{t-1} | x_t), Eq. (5), with mu_theta written through the noise predictor as in [7].
@@ -138,11 +146,9 @@ def p_step(s, xt, t, eps, variance="beta", clip=False):
 
     Returns (mean like xt, variance (B, 1, 1, 1)).
     """
-    if variance not in VARIANCES:
-        raise ValueError(f"variance must be one of {VARIANCES}, got {variance!r}")
     x0_hat = predict_x0(s, xt, t, eps)
-    mean, beta_tilde = q_posterior(s, x0_hat.clamp(-1, 1) if clip else x0_hat, xt, t)
-    return mean, beta_tilde if variance == "beta~" else at(s.beta, t, xt)
+    mean, _ = q_posterior(s, x0_hat.clamp(-1, 1) if clip else x0_hat, xt, t)
+    return mean, at(sigma2(s, variance), t, xt)
 
 
 def l_weighted(s, eps_model, x0, t, eps, y=None, variance="beta"):
@@ -153,9 +159,7 @@ def l_weighted(s, eps_model, x0, t, eps, y=None, variance="beta"):
     t (B,) int64 in 1..T; with variance "beta~" in 2..T, because beta~_1 = 0. The norm is the sum over pixels.
     It is the part of L_{t-1} in vlb_terms that depends on the network. Returns (B,).
     """
-    beta_tilde = (1 - s.abar.roll(1)) / (1 - s.abar) * s.beta
-    sigma2 = {"beta": s.beta, "beta~": beta_tilde}[variance]
-    weight = s.beta**2 / (2 * sigma2 * s.alpha * (1 - s.abar))
+    weight = s.beta**2 / (2 * sigma2(s, variance) * s.alpha * (1 - s.abar))
     xt = q_sample(s, x0, t, eps)
     error = (eps - eps_model(xt, t.to(xt.device), y)).flatten(1)
     return at(weight, t, error)[:, 0] * error.square().sum(1)
@@ -195,7 +199,7 @@ def vlb_terms(s, eps_model, x0, noise, y=None, variance="beta"):
         eps = eps_model(xt, torch.full((len(x0),), t, device=x0.device), y)
         mean, var = p_step(s, xt, t, eps, variance)
         if t == 1:
-            var = q_posterior(s, x0, xt, min(2, s.T))[1] if variance == "beta~" else var
+            var = at(sigma2(s, "beta~"), min(2, s.T), x0) if variance == "beta~" else var
             nats = -discretised_log_likelihood(x0, mean, var.sqrt())
         else:
             nats = gaussian_kl(*q_posterior(s, x0, xt, t), mean, var)

@@ -352,7 +352,10 @@ def test_an_ensemble_is_the_mean_of_its_members_and_the_first_member_is_the_sing
 
 
 def state_of(folder):
-    return torch.load(folder / "last.pt", weights_only=True)
+    """The checkpoint, but for how long it took."""
+    state = torch.load(folder / "last.pt", weights_only=True)
+    assert state.pop("minutes") > 0
+    return state
 
 
 def assert_same(a, b, where=""):

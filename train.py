@@ -29,6 +29,7 @@ import dataclasses
 import json
 import math
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -621,7 +622,8 @@ class Run:
         self.losses = []  # of the steps since the last log line, still on the device: no synchronisation inside a step
         self.status, self.first_step = data.StatusLine(), self.trainer.step
         self.train_s = self.evaluate_s = 0.0
-        self.saved_at = time.monotonic()
+        self.began = self.saved_at = time.monotonic()
+        self.minutes_before = state["minutes"] if state else 0.0
 
     def train(self):
         """Steps, logs, evaluations and checkpoints, until cfg.steps. Ends early with Stopped, saved."""
@@ -665,8 +667,13 @@ class Run:
 
     def save(self):
         self.log_loss()
-        write_whole(self.folder / "last.pt", lambda f: torch.save(self.trainer.state(), f))
+        state = self.trainer.state() | {"minutes": self.minutes()}
+        write_whole(self.folder / "last.pt", lambda f: torch.save(state, f))
         self.saved_at = time.monotonic()
+
+    def minutes(self):
+        """Of this run, those before it was resumed included; reading the images is not."""
+        return self.minutes_before + (time.monotonic() - self.began) / 60
 
     def evaluation_due(self):
         """At every eval_every-th step and the last, once under each protocol."""
@@ -721,8 +728,8 @@ class Run:
         evaluations = -(-cfg.steps // cfg.eval_every) - step // cfg.eval_every
         evaluate_s = self.evaluate_s or self.passes() * each / cfg.batch_size / 3
         left = data.clock((cfg.steps - step) * each + evaluations * evaluate_s)
-        loss = next((line["loss"] for line in reversed(self.log.lines) if "loss" in line), math.nan)
-        text = f"step {step}/{cfg.steps}  loss {loss:.4f}  {cfg.batch_size / each:.1f} images/s  {left} left"
+        loss = next((f"{line['loss']:.4f}" for line in reversed(self.log.lines) if "loss" in line), "...")
+        text = f"step {step}/{cfg.steps}  loss {loss}  {cfg.batch_size / each:.1f} images/s  {left} left"
         self.status.show(text, last=step == cfg.steps)
 
 
@@ -780,7 +787,7 @@ def find_data(cfg, given):
     return dataclasses.replace(cfg, data=str(root), phantoms=phantoms)
 
 
-def start(args):
+def start(args, command):
     device = choose_device(args.device)
     cfg, folder, state = prepare(args, device)
     sizes = describe(cfg)
@@ -800,7 +807,6 @@ def start(args):
         few = f", all {n} evaluated (fewer than {cfg.eval_images})" if n < cfg.eval_images else f", {cfg.eval_images} evaluated"
         say(f"  {name:17}{n} images{few}")
 
-    began = time.monotonic()
     run = Run(cfg, device, folder, splits, state)
     try:
         run.train()
@@ -810,7 +816,7 @@ def start(args):
     last = run.log.evaluations()[-1]
     table = markdown_table(cfg, last)
     write_whole(folder / "table.md", lambda f: f.write_text(table + "\n"))
-    facts = dict(config=dataclasses.asdict(cfg), evaluation=last, minutes=round((time.monotonic() - began) / 60, 1))
+    facts = dict(command=command, config=dataclasses.asdict(cfg), evaluation=last, minutes=round(run.minutes(), 1))
     facts |= provenance(device)
     write_whole(folder / "results.json", lambda f: f.write_text(json.dumps(facts, indent=1)))
     say(f"\n{table}\n\ncheckpoint, pictures and numbers: {folder}/")
@@ -818,9 +824,10 @@ def start(args):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     try:
-        return start(args)
+        return start(args, shlex.join(["python", "train.py", *argv]))
     except (UserError, data.DataError, OSError) as e:
         print(f"train.py: error: {e}", file=sys.stderr)
         return 2
