@@ -573,3 +573,112 @@ def test_phantoms_given_by_name_are_still_phantoms(root):
     assert not data.locate(root, "lung")[1]
     (root / data.PHANTOMS_NOTE).write_text("generated")
     assert data.locate(root, "lung") == (root, True) and data.locate(root / TREE["lung"], "lung")[1]
+
+
+# ------------------------------------------------------------------------------------- chest phantoms
+
+
+@pytest.fixture(scope="module")
+def phantoms():
+    """24 phantoms of each class at 64x64: {class: (images, lungs, infections)}, each (24, 64, 64)."""
+    sets = {c: [data.phantom(7, i, c, 64) for i in range(24)] for c in data.CLASSES}
+    return {c: tuple(np.stack(part) for part in zip(*s)) for c, s in sets.items()}
+
+
+def best_threshold_dice(images, masks):
+    """The best pooled DICE of "brighter than c" and "darker than c" over all c."""
+    inside, everywhere = (np.bincount(a, minlength=256) for a in (images[masks], images.ravel()))
+    best = 0
+    for hits, found in ((np.cumsum(inside), np.cumsum(everywhere)), (np.cumsum(inside[::-1]), np.cumsum(everywhere[::-1]))):
+        best = max(best, (2 * hits / (found + masks.sum())).max())
+    return best
+
+
+def test_a_phantom_is_a_function_of_seed_index_and_class(phantoms):
+    """Drawn again, alone and last first, it is the same; another seed, index or class gives another picture."""
+    again = [data.phantom(7, i, "COVID-19", 64) for i in (23, 5)]
+    for i, phantom in zip((23, 5), again):
+        assert all(np.array_equal(a, b[i]) for a, b in zip(phantom, phantoms["COVID-19"]))
+    others = [data.phantom(8, 5, "COVID-19", 64), data.phantom(7, 6, "COVID-19", 64), data.phantom(7, 5, "Normal", 64)]
+    assert all(not np.array_equal(again[1][0], other[0]) for other in others)
+
+
+def test_the_masks_of_a_phantom_are_those_of_its_class(phantoms):
+    """Infection lies within the lungs, in every COVID-19 phantom and in no other; shares of the picture as in real ones."""
+    for c, (_, lung, infection) in phantoms.items():
+        assert not (infection & ~lung).any() and infection.any((1, 2)).all() == (c == "COVID-19") == infection.any()
+        assert 0.15 < lung.mean() < 0.33
+    assert 0.06 < phantoms["COVID-19"][2].mean() < 0.17
+
+
+def test_the_masks_of_a_phantom_fit_its_picture(phantoms):
+    """Lung is darker than what lies around it, infection brighter than the lung beside it; masks of the next phantom fit worse."""
+    def contrast(images, inside, beside):
+        return np.mean([im[a].mean() - im[b].mean() for im, a, b in zip(images, inside, beside) if a.any() and b.any()])
+
+    images, lung, _ = phantoms["Normal"]
+    near = np.stack([np.asarray(Image.fromarray(m).resize((64, 64)).convert("L")) > 0 for m in lung])
+    around = np.zeros_like(near)
+    around[:, 3:-3, 3:-3] = True
+    fit = contrast(images, lung, around & ~lung)
+    assert fit < -25 and contrast(images, np.roll(lung, 1, 0), around & ~np.roll(lung, 1, 0)) > fit + 3
+    images, lung, infection = phantoms["COVID-19"]
+    fit = contrast(images, infection, lung & ~infection)
+    assert fit > 8
+    assert contrast(images, np.roll(infection, 1, 0) & lung, lung & ~np.roll(infection, 1, 0)) < fit / 2
+
+
+def test_no_threshold_solves_the_phantoms(phantoms):
+    """The best single intensity threshold, either way: under 0.80 DICE on lung and under 0.50 on infection."""
+    everything = [np.concatenate([phantoms[c][k] for c in data.CLASSES]) for k in (0, 1)]
+    assert best_threshold_dice(*everything) < 0.80
+    assert best_threshold_dice(phantoms["COVID-19"][0], phantoms["COVID-19"][2]) < 0.50
+
+
+def test_phantoms_are_written_in_the_layout_and_read_by_the_loader(tmp_path):
+    """Both trees at 32x32: what `load` returns is what `phantom` drew, and no picture is in two splits."""
+    counts = {split: dict.fromkeys(data.CLASSES, n) for split, n in (("Train", 2), ("Val", 1), ("Test", 1))}
+    seen = []
+    for tree, task in ((data.TREES["lung"], "lung"), (data.TREES["infection"], "infection")):
+        calls = []
+        data.write_phantoms(tmp_path, tree, counts, seed=3, size=32, progress=lambda *a, calls=calls: calls.append(a))
+        assert calls == [(i, 12) for i in range(1, 13)]
+        index = 0
+        for split in data.SPLITS:
+            got = data.load(tmp_path, task, split, data.CLASSES, 32, tmp_path / "cache")
+            row = 0
+            for kind, n in counts[split].items():
+                for _ in range(n):
+                    index += 1
+                    image, lung, infection = data.phantom(3, index, kind, 32)
+                    assert np.array_equal(got.images[row, 0], image)
+                    assert np.array_equal(got.masks[row, 0] > 0, lung if task == "lung" else infection)
+                    row += 1
+            seen += [image.tobytes() for image in got.images] if task == "lung" else []
+    assert len(set(seen)) == 12
+    assert data.locate(str(tmp_path), "lung") == (tmp_path, True)
+
+
+def test_an_interrupted_drawing_leaves_no_tree(tmp_path):
+    """Stopped after the third phantom: neither the tree nor a part of it is there, and the next call draws it whole."""
+    def stop(done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    tree, counts = data.TREES["lung"], {split: {"Normal": 2} for split in data.SPLITS}
+    with pytest.raises(KeyboardInterrupt):
+        data.write_phantoms(tmp_path, tree, counts, size=16, progress=stop)
+    assert [f.name for f in tmp_path.iterdir()] == [data.PHANTOMS_NOTE]
+    data.write_phantoms(tmp_path, tree, counts, size=16)
+    assert len(data.load(tmp_path, "lung", "Val", "Normal", 16, tmp_path / "cache").names) == 2
+
+
+def test_each_task_gets_phantoms_of_its_own(tmp_path, monkeypatch):
+    """ensure_phantoms draws the tree of the task, once, and another seed for the other tree."""
+    drawn = []
+    monkeypatch.setattr(data, "PHANTOMS", tmp_path)
+    draw = lambda root, tree, counts, seed, progress: drawn.append((tree, seed)) or (root / tree).mkdir()
+    monkeypatch.setattr(data, "write_phantoms", draw)
+    for task in ("lung", "synthesis", "infection", "lung"):
+        data.ensure_phantoms(task)
+    assert drawn == [(data.TREES["lung"], 0), (data.TREES["infection"], 1)]
