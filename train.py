@@ -127,6 +127,7 @@ PRESETS = {
         task: dict(
             target="eps" if task == "synthesis" else "v",
             steps=1500 if task == "synthesis" else 500,
+            eval_every=750 if task == "synthesis" else 250,
             batch_size=16,
             lr_decay="cosine",
             warmup=50,
@@ -152,23 +153,23 @@ def parse(argv):
     p.add_argument("--classes", nargs="+", metavar="CLASS", help=f"some of {', '.join(data.CLASSES)}")
     p.add_argument("--preset", choices=PRESETS, help="default: report where there is a GPU, small where there is none")
     p.add_argument("--target", choices=diffusion.TARGETS, help="what the network predicts; Eq. (7) is eps")
-    p.add_argument("--steps", type=int, help="gradient steps")
-    p.add_argument("--epochs", type=float, help="passes over the training images (instead of --steps)")
-    p.add_argument("--batch-size", type=int, help="images a gradient step")
-    p.add_argument("--micro-batch", type=int, help="images a forward pass; the gradient is the whole batch's. 0: automatic")
-    p.add_argument("--lr", type=float, help="learning rate of AdamW")
+    p.add_argument("--steps", type=int, metavar="N", help="gradient steps")
+    p.add_argument("--epochs", type=float, metavar="X", help="passes over the training images (instead of --steps)")
+    p.add_argument("--batch-size", type=int, metavar="N", help="images a gradient step")
+    p.add_argument("--micro-batch", type=int, metavar="N", help="images a forward pass; the gradient is the whole batch's. 0: automatic")
+    p.add_argument("--lr", type=float, metavar="X", help="learning rate of AdamW")
     p.add_argument("--lr-decay", choices=("none", "cosine"), help="learning rate after the warm-up")
-    p.add_argument("--warmup", type=int, help="steps of linear warm-up; 0: none")
-    p.add_argument("--clip", type=float, help="largest norm of the gradient; 0: no clipping")
-    p.add_argument("--ema", type=float, help="decay of the averaged weights; 0: none")
-    p.add_argument("--channels", type=int, help="width of the first level")
-    p.add_argument("--image-size", type=int, help="side of the images in pixels")
-    p.add_argument("--ddim-steps", type=int, help="passes of the network to sample one image")
-    p.add_argument("--eta", type=float, help="fresh noise in DDIM, 0..1")
-    p.add_argument("--ensemble", type=int, help="masks averaged for one image (Amit et al.)")
-    p.add_argument("--eval-images", type=int, help="images of train and of validation that an evaluation samples")
-    p.add_argument("--eval-every", type=int, help="steps between evaluations")
-    p.add_argument("--seed", type=int, help="of the initial weights, the order of the images and the noise")
+    p.add_argument("--warmup", type=int, metavar="N", help="steps of linear warm-up; 0: none")
+    p.add_argument("--clip", type=float, metavar="X", help="largest norm of the gradient; 0: no clipping")
+    p.add_argument("--ema", type=float, metavar="X", help="decay of the averaged weights; 0: none")
+    p.add_argument("--channels", type=int, metavar="N", help="width of the first level")
+    p.add_argument("--image-size", type=int, metavar="N", help="side of the images in pixels")
+    p.add_argument("--ddim-steps", type=int, metavar="N", help="passes of the network to sample one image")
+    p.add_argument("--eta", type=float, metavar="X", help="fresh noise in DDIM, 0..1")
+    p.add_argument("--ensemble", type=int, metavar="N", help="masks averaged for one image (Amit et al.)")
+    p.add_argument("--eval-images", type=int, metavar="N", help="images of train and of validation that an evaluation samples")
+    p.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations")
+    p.add_argument("--seed", type=int, metavar="N", help="of the initial weights, the order of the images and the noise")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where the device is fast at it")
     p.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
     p.add_argument("--out", metavar="DIR", help="run folder; default runs/<task>-<cond>-<seed>")
