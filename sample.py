@@ -137,9 +137,9 @@ def draw(model, cfg, N, seed, device, out, title):
     from notebooks import figures  # matplotlib takes a while to load
 
     progress, shown = train.passes_line("drawing: passes", N * cfg.ddim_steps), []
-    for rows in train.pieces(np.arange(N), device):
-        x0 = data.to_uint8(train.sample_images(model, cfg, rows, device, progress, seed=seed))  # (B, 1, S, S)
-        for i, gray in zip(rows, x0):
+    sample = lambda rows: train.sample_images(model, cfg, rows, device, progress, seed=seed)  # (B, 1, S, S)
+    for rows, x0 in train.in_pieces(sample, np.arange(N), device):
+        for i, gray in zip(rows, data.to_uint8(x0)):
             save_gray(out / f"sample-{i:04}.png", gray[0])
             shown += [gray] if i < GRID else []
     title += f", first {GRID} of {N}" if N > GRID else ""
@@ -157,9 +157,12 @@ def segment(model, cfg, small, args, device, out, title):
 
     N, counts = len(small), []
     progress = train.passes_line("segmenting: passes", N * cfg.ensemble * cfg.ddim_steps)
-    for rows in train.pieces(np.arange(N), device, cfg.ensemble):
+
+    def sample(rows):
         y = data.to_float(small[rows]).to(device)
-        samples = train.sample_masks(model, cfg, y, rows, cfg.ensemble, device, progress, seed=args.seed).cpu()
+        return train.sample_masks(model, cfg, y, rows, cfg.ensemble, device, progress, seed=args.seed).cpu()
+
+    for rows, samples in train.in_pieces(sample, np.arange(N), device, cfg.ensemble):
         for i, members in zip(rows, samples[:, :, 0]):  # (members, S, S) in [-1, 1]
             xray, name = data.read_gray(args.images[i]), out / Path(args.images[i]).stem
             mean = enlarge(members.mean(0), xray.shape)  # (H, W) in [-1, 1]

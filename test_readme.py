@@ -16,7 +16,7 @@ CODE = re.findall(r"`([^`\n]+)`", README) + [line.strip() for line in README.spl
 def commands(script):
     """Every command of the README that calls this script, its arguments as a shell would split them."""
     calls = [re.sub(r".*&& ", "", code) for code in CODE]
-    return sorted({call.split("#")[0].strip() for call in calls if call.startswith(f"python {script}") and "--" in call})
+    return sorted({call.split("#")[0].strip() for call in calls if call.startswith(f"python {script} ")})
 
 
 @pytest.mark.parametrize("symbol", sorted(set(re.findall(r"`((?:diffusion|unet|rrdb|metrics|data|train|sample)\.\w+)`", README))))
@@ -34,7 +34,7 @@ def test_every_test_it_names_exists_and_the_map_names_one_a_line():
     tests = set(re.findall(r"^def (test_\w+)", "\n".join(f.read_text() for f in ROOT.glob("test_*.py")), re.M))
     named = set(re.findall(r"`(test_[a-z]\w+)`", README))
     assert named <= tests, named - tests
-    rows = re.findall(r"^\| (?:Eq\.|§).*\| (.*) \|$", README.split("## Where each equation is")[1].split("\n## ")[0], re.M)
+    rows = re.findall(r"^\| (?:Eqs?\.|§).*\| (.*) \|$", README.split("## Where each equation is")[1].split("\n## ")[0], re.M)
     assert len(rows) >= 12 and all("`test_" in row for row in rows)
 
 
@@ -46,7 +46,10 @@ def test_every_training_command_is_accepted(command):
     if "--help" in words:
         return
     args = train.parse(words)
-    if not args.resume:
+    if args.resume:
+        given = {k for k, v in vars(args).items() if v is not None and v is not False} - {"resume"}
+        assert given <= {"data", "device", *train.RESUMABLE}
+    else:
         train.describe(train.configure(args, train.torch.device("cpu")))
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ import train
 from notebooks import figures
 
 ROOT = Path(__file__).resolve().parent
-TINY = "--preset small --channels 4 --image-size 16 --batch-size 4 --steps 4 --eval-every 2 --eval-images 4 --ddim-steps 2 --precision fp32"
+TINY = "--preset small --channels 4 --image-size 16 --batch-size 4 --steps 4 --eval-every 2 --eval-images 4 --ddim-steps 2"
+TINY += " --precision fp32 --device cpu"
 CPU = torch.device("cpu")
 
 
@@ -145,15 +147,18 @@ REFUSALS = [
     ("--task synthesis --ensemble 3", "--ensemble averages masks; --task synthesis has none"),
     ("--task lung --steps 4 --epochs 1", "--steps and --epochs say the same thing twice"),
     ("--task lung --batch-size 0", "--batch-size must be at least 1, got 0"),
-    ("--task lung --lr nan", "--lr must be above 0, got nan"),
+    ("--task lung --lr nan", "--lr must be above 0 and finite, got nan"),
     ("--task lung --ema 1", "--ema must be below 1, got 1.0"),
     ("--task lung --eta 1.5", "--eta must be between 0 and 1, got 1.5"),
     ("--task lung --ddim-steps 1001", "--ddim-steps must be at most T = 1000, got 1001"),
     ("--task lung --image-size 20", "image_size must be divisible by 8 for 4 levels, got 20"),
-    ("--task lung --channels 6", "head_channels must divide the 24 channels that have attention, got 16"),
+    ("--task lung --preset small --channels 6", "--channels 6, --image-size 64: head_channels must divide the 24 channels"),
+    ("--task lung --lr inf", "--lr must be above 0 and finite, got inf"),
+    (f"--task lung --seed {2**64}", f"--seed must be below 2^63, got {2**64}"),
     ("--task lung --classes Covid", "--classes must be some of COVID-19, Non-COVID, Normal, got Covid"),
     ("--task lung --data /no/such/folder", "/no/such/folder"),
-    ("--task lung --device quantum", "--device"),
+    ("--task lung --device quantum", "--device must be cuda, mps or cpu, got quantum"),
+    ("--task lung --device meta", "--device must be cuda, mps or cpu, got meta"),
     ("--task bone", "argument --task: invalid choice: 'bone'"),
     ("--resume /no/such/run", "/no/such/run: no checkpoint there"),
 ]
@@ -231,12 +236,32 @@ def test_when_memory_runs_out_the_pieces_halve_and_the_step_is_the_same(monkeypa
             raise torch.OutOfMemoryError("planted")
         return exact(s, model, x0, *rest)
 
-    for loss, cfg in ((exact, config(micro_batch=1)), (small_memory, config())):
+    class Backward(torch.autograd.Function):
+        """Runs out of memory while gradients are computed, when the activations of the piece are all there."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            raise torch.OutOfMemoryError("planted")
+
+    graphs = []
+
+    def small_in_backward(s, model, x0, *rest):
+        assert not any(graph() for graph in graphs), "the piece that failed is still in memory"
+        loss = exact(s, model, x0, *rest)
+        graphs.append(weakref.ref(loss))
+        return Backward.apply(loss) if len(x0) > 1 else loss
+
+    for loss, cfg in ((exact, config(micro_batch=1)), (small_memory, config()), (small_in_backward, config())):
         monkeypatch.setattr(diffusion, "l_simple", loss)
         trainer = train.Trainer(cfg, CPU)
         trainer.train_step(torch.from_numpy(tiny.images), torch.from_numpy(tiny.masks))
         weights.append(torch.cat([p.flatten() for p in trainer.model.parameters()]))
-    assert torch.equal(*weights) and "from here on 1 images at once; the batch stays 4" in capsys.readouterr().out
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+    assert "from here on 1 images at once; the batch stays 4" in capsys.readouterr().out
     monkeypatch.setattr(diffusion, "l_simple", small_memory)
     with pytest.raises(train.UserError, match="out of memory with 2 images at once; try a smaller --micro-batch"):
         train.Trainer(config(micro_batch=2), CPU).train_step(torch.from_numpy(tiny.images), torch.from_numpy(tiny.masks))
@@ -253,6 +278,7 @@ def test_one_step_is_one_update_and_the_average_follows_it():
     assert {int(state["step"]) for state in trainer.optimizer.state_dict()["state"].values()} == {5}
     for e, p in zip(expected, trainer.ema.parameters()):
         torch.testing.assert_close(p, e, rtol=1e-5, atol=1e-7)
+        assert not p.requires_grad and p.grad_fn is None  # else the graph of the whole run stays in memory
 
 
 def test_every_epoch_holds_each_image_once_and_its_order_depends_on_the_seed_and_the_epoch():
@@ -271,8 +297,15 @@ def test_the_noise_of_a_step_comes_from_the_seed_and_the_step_alone():
     assert torch.equal(t, again[0]) and torch.equal(eps, again[1])
     for other in (train.draws(config(), 4, like), train.draws(config(seed=1), 3, like)):
         assert not torch.equal(eps, other[1])
-    t = train.draws(config(T=3), 1, torch.zeros(200, 1))[0]
-    assert t.unique().tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("power", [1, 2, 0.5])
+def test_eq7_t_is_drawn_from_1_to_T_with_the_density_of_t_power(power):
+    """P(t <= k) = (k / T)^power, within 4 standard errors of 20,000 draws; power 1 is the uniform t of Eq. (7)."""
+    t = train.draws(config(T=4, t_power=power), 1, torch.zeros(20_000, 1))[0]
+    for k in range(5):
+        expected = (k / 4) ** power
+        assert (t <= k).double().mean() == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 20_000))
 
 
 def test_the_learning_rate_warms_up_then_stays_or_falls_to_nothing():
@@ -315,7 +348,7 @@ def test_an_evaluation_does_not_depend_on_the_batch_size(monkeypatch):
     shake(model)
     rows, masks = train.chosen(9, 7), []
     for size in (1, 3, 7):
-        monkeypatch.setattr(train, "pieces", lambda rows, *_: [rows[i : i + size] for i in range(0, len(rows), size)])
+        monkeypatch.setattr(train, "in_pieces", lambda work, rows, *_: [(r, work(r)) for r in np.split(rows, range(size, 7, size))])
         masks.append(train.segment(model, cfg, tiny.images, rows, CPU))
     assert masks[0].std() > 0.1
     for m in masks[1:]:
@@ -324,7 +357,7 @@ def test_an_evaluation_does_not_depend_on_the_batch_size(monkeypatch):
 
 def test_every_run_evaluates_the_same_images_and_starts_from_the_same_x_T():
     """§4.3: the choice depends on the size of the split alone, not on the run's seed; too few images are all taken."""
-    assert train.chosen(100, 5).tolist() == train.chosen(100, 5).tolist() and len(set(train.chosen(100, 50))) == 50
+    assert train.chosen(100, 5).tolist() == [5, 20, 36, 82, 93] and len(set(train.chosen(100, 50))) == 50
     assert train.chosen(3, 5).tolist() == [0, 1, 2]
     x_T = []
     for seed in (0, 1):
@@ -447,6 +480,55 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert state_of(folder)["step"] == 2 and all(v.isfinite().all() for v in state_of(folder)["model"].values())
 
 
+def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(go, monkeypatch, no_pictures, capsys):
+    """The loss of step 3 is fine and its gradient is not: nothing is evaluated or saved after it."""
+    gradient = train.Trainer.gradient
+
+    def planted(self, *batch):
+        loss = gradient(self, *batch)
+        if self.step == 3:
+            next(self.model.parameters()).grad[0] = math.nan
+        return loss
+
+    monkeypatch.setattr(train.Trainer, "gradient", planted)
+    status, folder = go("--task lung --clip 0 --steps 3", given=TINY.replace("--steps 4 ", ""))
+    assert status == 1 and "a weight is not finite at step 3" in capsys.readouterr().err
+    assert state_of(folder)["step"] == 2 and all(v.isfinite().all() for v in state_of(folder)["model"].values())
+
+
+def test_an_evaluation_that_does_not_fit_into_memory_takes_smaller_pieces():
+    """Work that refuses more than 3 rows at once: all rows, in order, each once."""
+    def work(rows):
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("planted")
+        return rows
+
+    found = list(train.in_pieces(work, np.arange(10), "cpu"))
+    assert np.concatenate([rows for rows, _ in found]).tolist() == list(range(10)) and max(len(rows) for rows, _ in found) == 2
+    assert all(np.array_equal(rows, done) for rows, done in found)
+
+
+def test_a_log_cut_off_by_a_power_cut_is_read_up_to_there(tmp_path):
+    """Half a last line: dropped, and the file whole again."""
+    log = train.Log(tmp_path / "log.jsonl")
+    log.add(step=1, loss=0.5)
+    log.add(step=2, loss=0.25)
+    text = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_text(text[:-5])
+    assert train.Log(tmp_path / "log.jsonl", 9).lines == [dict(step=1, loss=0.5)]
+    assert (tmp_path / "log.jsonl").read_text() == text.splitlines(keepends=True)[0]
+
+
+def test_a_run_ends_well_where_there_is_no_git(go, monkeypatch, no_pictures):
+    """results.json then says that the commit is unknown."""
+    def no_git(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", no_git)
+    status, folder = go("--task lung")
+    assert status == 0 and json.loads((folder / "results.json").read_text())["commit"] == "unknown"
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     """A writer that dies half-way leaves the older file as it was, and nothing beside it."""
     target = tmp_path / "last.pt"
@@ -469,6 +551,11 @@ def test_a_finished_run_is_not_overwritten_and_can_be_prolonged(go, capsys, no_p
     resume = ["--resume", str(folder)]
     assert train.main([*resume, "--lr", "1"]) == 2 and "--resume keeps the run's settings" in capsys.readouterr().err
     assert train.main([*resume, "--steps", "3"]) == 2 and "--steps must be at least the 4 steps" in capsys.readouterr().err
+    for zero in ("--eta 0", "--seed 0"):  # 0 is a value too
+        status = train.main([*resume, *zero.split()])
+        assert status == (2 if "seed" in zero else 0)
+    assert train.main(["--resume", str(folder / "best.pt")]) == 2
+    assert f"--resume takes the run folder: --resume {folder}" in capsys.readouterr().err
     assert train.main([*resume, "--steps", "6"]) == 0
     assert state_of(folder)["step"] == 6 and [x["step"] for x in train.Log(folder / "log.jsonl", 6).evaluations()] == [2, 4, 6]
 
@@ -481,6 +568,7 @@ def test_a_finished_run_is_evaluated_anew_under_another_protocol_and_not_trained
         assert train.main(["--resume", str(folder), "--ensemble", "3", "--eval-images", "5"]) == 0
     assert_same(before["ema"], state_of(folder)["ema"])
     last = train.Log(folder / "log.jsonl", 4).evaluations()
+    assert train.load_run(folder / "best.pt")[2] in (2, 4) and state_of(folder)["step"] == 4
     assert [line["protocol"]["ensemble"] for line in last] == [1, 1, 3] and last[-1]["Val"]["images"] == 5
     assert json.loads((folder / "results.json").read_text())["evaluation"] == last[-1]
 

@@ -425,3 +425,11 @@ def test_sec4_cross_attention_sees_the_embedding_patch_by_patch():
 def test_sec42_an_unknown_conditioning_is_refused_in_words():
     with pytest.raises(ValueError, match=r"one of \('add', 'concat', 'none', 'cross'\) or None, got 'film'"):
         ConditionalUNet("film", **SMALL)
+
+
+def test_sec32_attention_takes_a_fused_kernel_and_not_the_fallback(monkeypatch):
+    """What LinearAttention hands to torch is laid out as its fused kernels demand: last stride 1."""
+    seen, exact = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v: seen.append((q, k, v)) or exact(q, k, v))
+    unet.LinearAttention(64, 32)(torch.randn(2, 64, 8, 8))
+    assert all(z.stride(-1) == 1 for z in seen[0])

@@ -8,8 +8,8 @@ r"""Train one model of the report: X-rays from noise (§3), or masks from X-rays
     python train.py --resume runs/lung-concat-0 --eval-images 512 --ensemble 9     evaluate a finished run in another way
 
 Data: COVID-QU-Ex in ./COVID-QU-Ex or in --data DIR; without it, generated chest phantoms. Preset: `report` is the
-report's network and hyperparameters, for a GPU; `small` is the same code at a size a laptop trains in minutes. Without
---preset the machine decides. Ctrl-C saves and says how to go on.
+report's network and hyperparameters, for an NVIDIA GPU; `small` is the same code at a size a laptop trains in minutes.
+Without --preset the machine decides. Ctrl-C saves and says how to go on.
 
 A run folder, runs/<task>-<cond>-<seed>, holds
     config.json   every setting             curves.png    loss and metrics           last.pt   go on or sample from here
@@ -47,6 +47,7 @@ from unet import CONDITIONINGS, ConditionalUNet
 TASKS = ("synthesis", "lung", "infection")
 EVAL_SEED = 0  # chooses the evaluated images and their x_T: the same in every run, so that runs compare (§4.3)
 PROTOCOL = ("eval_images", "ddim_steps", "eta", "ensemble")  # how an evaluation samples; --resume may change it
+RESUMABLE = ("steps", "micro_batch", "eval_every", *PROTOCOL)  # what may change when a run goes on
 SAVE_EVERY = 300  # seconds between checkpoints
 REPORT_TABLES = {  # Tables 1 and 2: (addition, concatenation)
     "lung": {
@@ -94,6 +95,7 @@ class Config:
     classes: tuple = ()  # of data.CLASSES
     preset: str = "report"
     target: str = "eps"  # what the network predicts: eps is Eq. (7)
+    t_power: float = 1.0  # t is drawn with density t^(t_power - 1): 1 is Eq. (7)'s uniform, 2 prefers high noise
     epochs: float = 100.0  # §4.4; 2400 in §4.5
     steps: int = 0  # gradient steps; 0: as many as the epochs take
     batch_size: int = 512  # §4.4, §4.5
@@ -126,6 +128,7 @@ PRESETS = {
     "small": {
         task: dict(
             target="eps" if task == "synthesis" else "v",
+            t_power=1.0 if task == "synthesis" else 2.0,
             steps=1500 if task == "synthesis" else 500,
             eval_every=750 if task == "synthesis" else 250,
             batch_size=16,
@@ -151,8 +154,9 @@ def parse(argv):
     p.add_argument("--cond", choices=CONDITIONINGS, help="how the X-ray enters the U-Net (§4.2); default concat")
     p.add_argument("--data", metavar="DIR", help="folder with COVID-QU-Ex; default ./COVID-QU-Ex, else phantoms")
     p.add_argument("--classes", nargs="+", metavar="CLASS", help=f"some of {', '.join(data.CLASSES)}")
-    p.add_argument("--preset", choices=PRESETS, help="default: report where there is a GPU, small where there is none")
-    p.add_argument("--target", choices=diffusion.TARGETS, help="what the network predicts; Eq. (7) is eps")
+    p.add_argument("--preset", choices=PRESETS, help="default: report where there is an NVIDIA GPU, small elsewhere")
+    p.add_argument("--target", choices=diffusion.TARGETS, help="what the network predicts: the noise (Eq. 7), a mix, the image")
+    p.add_argument("--t-power", type=float, metavar="X", help="t is drawn with density t^(X-1): 1 uniform (Eq. 7), 2 more noise")
     p.add_argument("--steps", type=int, metavar="N", help="gradient steps")
     p.add_argument("--epochs", type=float, metavar="X", help="passes over the training images (instead of --steps)")
     p.add_argument("--batch-size", type=int, metavar="N", help="images a gradient step")
@@ -165,7 +169,7 @@ def parse(argv):
     p.add_argument("--channels", type=int, metavar="N", help="width of the first level")
     p.add_argument("--image-size", type=int, metavar="N", help="side of the images in pixels")
     p.add_argument("--ddim-steps", type=int, metavar="N", help="passes of the network to sample one image")
-    p.add_argument("--eta", type=float, metavar="X", help="fresh noise in DDIM, 0..1")
+    p.add_argument("--eta", type=float, metavar="X", help="fresh noise in DDIM, 0 (only x_T is random) to 1")
     p.add_argument("--ensemble", type=int, metavar="N", help="masks averaged for one image (Amit et al.)")
     p.add_argument("--eval-images", type=int, metavar="N", help="images of train and of validation that an evaluation samples")
     p.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations")
@@ -189,13 +193,11 @@ def configure(args, device):
         raise UserError(f"--task is needed: one of {', '.join(TASKS)}")
     if args.task == "synthesis" and args.cond:
         raise UserError(f"--cond is about segmentation; --task synthesis is unconditional (§3), got --cond {args.cond}")
-    if args.task == "synthesis" and args.ensemble:
-        raise UserError("--ensemble averages masks; --task synthesis has none")
     if args.steps is not None and args.epochs is not None:
         raise UserError("--steps and --epochs say the same thing twice; give one")
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps must be at least 1, got {args.steps}")
-    preset = args.preset or ("small" if device.type == "cpu" else "report")
+    preset = args.preset or ("report" if device.type == "cuda" else "small")
     cond = None if args.task == "synthesis" else "concat"
     settings = dict(task=args.task, cond=cond, preset=preset, precision="bf16" if bf16_is_fast(device) else "fp32")
     settings |= PRESETS[preset][args.task]
@@ -216,9 +218,13 @@ def check(cfg):
     for name, low in least.items():
         if not getattr(cfg, name) >= low:
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(cfg, name)}")
-    for name in ("lr", "epochs"):
+    for name in ("lr", "epochs", "t_power"):
         if not 0 < getattr(cfg, name) < math.inf:
-            raise UserError(f"--{name} must be above 0, got {getattr(cfg, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must be above 0 and finite, got {getattr(cfg, name)}")
+    if not cfg.seed < 2**63:
+        raise UserError(f"--seed must be below 2^63, got {cfg.seed}")
+    if cfg.task == "synthesis" and cfg.ensemble > 1:
+        raise UserError(f"--ensemble averages masks; --task synthesis has none, got {cfg.ensemble}")
     if not cfg.ema < 1:
         raise UserError(f"--ema must be below 1, got {cfg.ema}")
     if not 0 <= cfg.eta <= 1:
@@ -233,9 +239,11 @@ def choose_device(name=None):
     """--device as a torch.device that works here; None: the best there is."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.split(":")[0] not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device must be cuda, mps or cpu, got {name}")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} does not work here: {str(e).splitlines()[0]}") from e
 
 
@@ -248,21 +256,27 @@ def bf16_is_fast(device):
 
 def build_model(cfg):
     """The network of a configuration, with fresh weights from its seed."""
-    torch.manual_seed(cfg.seed)
-    return ConditionalUNet(
-        cfg.cond,
-        growth=cfg.growth,
-        image_size=cfg.image_size,
-        channels=cfg.channels,
-        channel_mult=cfg.channel_mult,
-        blocks=cfg.blocks,
-        attention_at=tuple(cfg.image_size >> level for level in cfg.attention_levels),
-        head_channels=cfg.head_channels,
-    )
+    with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
+        torch.manual_seed(cfg.seed)
+        return ConditionalUNet(
+            cfg.cond,
+            growth=cfg.growth,
+            image_size=cfg.image_size,
+            channels=cfg.channels,
+            channel_mult=cfg.channel_mult,
+            blocks=cfg.blocks,
+            attention_at=tuple(cfg.image_size >> level for level in cfg.attention_levels),
+            head_channels=cfg.head_channels,
+        )
 
 
 def autocast(cfg, device):
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.precision == "bf16")
+
+
+def out_of_memory(error):
+    """Whether a RuntimeError says so; CUDA has a class for it, MPS and cuBLAS only words."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
 
 
 # ------------------------------------------------------------------------------------- training
@@ -281,7 +295,8 @@ def batch_indices(cfg, N, step):
 def draws(cfg, step, like):
     """t and eps of Eq. (7) for batch `step`, a function of (seed, step) alone, the same on every device."""
     g = torch.Generator().manual_seed(int(np.random.SeedSequence([cfg.seed, 2, step]).generate_state(1)[0]))
-    t = torch.randint(1, cfg.T + 1, (len(like),), generator=g)
+    u = torch.rand(len(like), generator=g, dtype=torch.float64)
+    t = (cfg.T * u ** (1 / cfg.t_power)).ceil().clamp(min=1).long()  # P(t <= k) = (k / T)^t_power
     return t, torch.randn(like.shape, generator=g).to(like.device)
 
 
@@ -320,7 +335,8 @@ class Trainer:
             group["lr"] = learning_rate(cfg, self.step)
         self.optimizer.step()
         decay = min(cfg.ema, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         return loss
 
     def gradient(self, x0, y, t, eps):
@@ -329,21 +345,27 @@ class Trainer:
             try:
                 self.optimizer.zero_grad(set_to_none=True)
                 total = 0.0
-                for piece in torch.arange(len(x0)).split(self.micro_batch):
-                    a, b = int(piece[0]), int(piece[-1]) + 1
-                    condition = y if y is None else y[a:b]
-                    with autocast(self.cfg, self.device):
-                        loss = diffusion.l_simple(self.s, self.model, x0[a:b], condition, t[a:b], eps[a:b], self.cfg.target)
-                    loss = loss * ((b - a) / len(x0))
-                    loss.backward()
-                    total = total + loss.detach()
+                for a in range(0, len(x0), self.micro_batch):
+                    b = min(a + self.micro_batch, len(x0))
+                    total = total + self.piece(x0[a:b], y if y is None else y[a:b], t[a:b], eps[a:b], (b - a) / len(x0))
                 return total
-            except torch.OutOfMemoryError:
-                if self.cfg.micro_batch or self.micro_batch == 1:
-                    raise UserError(f"out of memory with {self.micro_batch} images at once; try a smaller --micro-batch") from None
-                self.micro_batch = -(-self.micro_batch // 2)
-                say(f"out of memory: from here on {self.micro_batch} images at once; the batch stays {len(x0)}")
+            except RuntimeError as e:
+                if not out_of_memory(e):
+                    raise
+            # out of the except block, whose traceback holds the activations of the piece that failed
+            if self.cfg.micro_batch or self.micro_batch == 1:
+                raise UserError(f"out of memory with {self.micro_batch} images at once; try a smaller --micro-batch or --channels")
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+            self.micro_batch = -(-self.micro_batch // 2)
+            say(f"out of memory: from here on {self.micro_batch} images at once; the batch stays {len(x0)}")
+
+    def piece(self, x0, y, t, eps, share):
+        """Add the gradient of one piece, which is this share of the batch. Returns its part of the mean loss."""
+        with autocast(self.cfg, self.device):
+            loss = diffusion.l_simple(self.s, self.model, x0, y, t, eps, self.cfg.target) * share
+        loss.backward()
+        return loss.detach()
 
     def state(self):
         """Plain numbers and tensors: torch.load(weights_only=True) reads it, load_run rebuilds the model from it."""
@@ -359,7 +381,8 @@ class Trainer:
         self.step = c["step"]
         self.model.load_state_dict(c["model"])
         self.ema.load_state_dict(c["ema"])
-        self.optimizer.load_state_dict(c["optimizer"])
+        groups = [group | {"fused": self.device.type == "cuda"} for group in c["optimizer"]["param_groups"]]  # of this device
+        self.optimizer.load_state_dict(c["optimizer"] | {"param_groups": groups})
 
 
 def write_whole(path, write):
@@ -367,19 +390,21 @@ def write_whole(path, write):
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def read_checkpoint(path, device="cpu"):
-    """The dict of a checkpoint, from last.pt, best.pt or a run folder. UserError where there is none, or a damaged one."""
+def read_checkpoint(path):
+    """The dict of a checkpoint, on the CPU, from last.pt, best.pt or a run folder. UserError where there is none or a damaged one."""
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path}: no checkpoint there")
     try:
-        c = torch.load(path, map_location=device, weights_only=True)
+        c = torch.load(path, map_location="cpu", weights_only=True)
         as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in c["config"].items()}
         return dict(c, config=Config(**as_tuples))
     except Exception as e:
@@ -388,7 +413,7 @@ def read_checkpoint(path, device="cpu"):
 
 def load_run(path, device="cpu"):
     """(model with the averaged weights, config, step) of a run folder or checkpoint; what sample.py and the notebooks call."""
-    c = read_checkpoint(path, device)
+    c = read_checkpoint(path)
     model = build_model(c["config"]).to(device)
     try:
         model.load_state_dict(c["ema"])
@@ -453,19 +478,29 @@ def chosen(N, n):
     return np.sort(np.random.default_rng(EVAL_SEED).permutation(N)[:n])
 
 
-def pieces(rows, device, members=1):
-    """Rows in batches that fit: a hint of size only; no number depends on it."""
+def in_pieces(work, rows, device, members=1):
+    """Yields (piece of the rows, work(piece)). The pieces halve when memory runs out; no number depends on their size."""
     size = max(1, (256 if torch.device(device).type == "cuda" else 32) // members)
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+    while len(rows):
+        try:
+            done = work(rows[:size])
+        except RuntimeError as e:
+            if not out_of_memory(e) or size == 1:
+                raise
+            size = -(-size // 2)
+            continue
+        yield rows[:size], done
+        rows = rows[size:]
 
 
 def segment(model, cfg, images, rows, device, progress=None):
     """The mask of each chosen X-ray, mean of cfg.ensemble samples: (n, 1, H, W) float32 in [-1, 1] on the CPU."""
-    out = []
-    for piece in pieces(rows, device, cfg.ensemble):
+
+    def work(piece):
         y = data.to_float(images[piece]).to(device)
-        out.append(sample_masks(model, cfg, y, piece, cfg.ensemble, device, progress).mean(1).cpu())
-    return torch.cat(out)
+        return sample_masks(model, cfg, y, piece, cfg.ensemble, device, progress).mean(1).cpu()
+
+    return torch.cat([masks for _, masks in in_pieces(work, rows, device, cfg.ensemble)])
 
 
 def evaluate_masks(model, cfg, splits, device, progress=None):
@@ -498,18 +533,21 @@ def evaluate_images(model, cfg, splits, device, progress=None):
     for name, split in splits.items():
         rows = chosen(len(split.images), cfg.eval_images)
         x0 = data.to_float(split.images[rows])
-        t, eps = draws(dataclasses.replace(cfg, seed=EVAL_SEED), 0, x0)
-        losses = []
-        for i in pieces(np.arange(len(rows)), device):
+        t, eps = draws(dataclasses.replace(cfg, seed=EVAL_SEED, t_power=1.0), 0, x0)
+
+        def loss(i, x0=x0, t=t, eps=eps):
             with autocast(cfg, device):
-                loss = diffusion.l_simple(s, model, x0[i].to(device), None, t[i], eps[i].to(device), cfg.target)
-            losses.append(float(loss) * len(i))
+                mean = diffusion.l_simple(s, model, x0[i].to(device), None, t[i], eps[i].to(device), cfg.target)
+            return float(mean) * len(i)
+
+        losses = [part for _, part in in_pieces(loss, np.arange(len(rows)), device)]
         report[name] = {"images": len(rows), "loss": sum(losses) / len(rows)}
 
     held_out = splits["Val"].images
     a, b = np.array_split(np.random.default_rng(EVAL_SEED).permutation(len(held_out)), 2)
     b = b[: cfg.eval_images]
-    samples = torch.cat([sample_images(model, cfg, i, device, progress).cpu() for i in pieces(np.arange(len(b)), device)])
+    draw = lambda i: sample_images(model, cfg, i, device, progress).cpu()
+    samples = torch.cat([x0 for _, x0 in in_pieces(draw, np.arange(len(b)), device)])
     features = [metrics.image_features(x) for x in (samples, data.to_float(held_out[b]), data.to_float(held_out[a[: len(b)]]))]
     report["Val"]["Fréchet distance"] = metrics.frechet_distance(features[0], features[1])
     report["Val"]["Fréchet distance of two held-out halves"] = metrics.frechet_distance(features[2], features[1])
@@ -524,8 +562,11 @@ class Log:
 
     def __init__(self, path, step=0):
         self.path = path
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        self.lines = [line for line in lines if line["step"] <= step]
+        self.lines = []
+        for text in lines_of(path):
+            with contextlib.suppress(ValueError):  # a line that a kill or a power cut left half-written
+                line = json.loads(text)
+                self.lines += [line] if line["step"] <= step else []
         write_whole(path, lambda f: f.write_text("".join(json.dumps(line) + "\n" for line in self.lines)))
 
     def add(self, **line):
@@ -540,7 +581,8 @@ class Log:
 def quality(line):
     """What makes one evaluation better than another: validation DICE, or for synthesis minus the validation loss."""
     val = line["Val"]
-    return val["pooled"]["DICE index"] if "pooled" in val else -val["loss"]
+    number = val["pooled"]["DICE index"] if "pooled" in val else -val["loss"]
+    return -math.inf if math.isnan(number) else number
 
 
 def markdown_table(cfg, line):
@@ -567,8 +609,15 @@ def markdown_table(cfg, line):
 def provenance(device):
     """Where a number comes from: commit and hardware."""
     here = Path(__file__).resolve().parent
-    git = lambda *command: subprocess.run(["git", "-C", here, *command], capture_output=True, text=True).stdout.strip()
-    commit = git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+
+    def git(*command):
+        try:
+            return subprocess.run(["git", "-C", here, *command], capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git on this machine
+            return ""
+
+    ours = git("rev-parse", "--show-toplevel") == str(here)  # and not a repository around an unpacked archive
+    commit = git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "") if ours else ""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     cpu = next((c.split(":")[1].strip() for c in lines_of("/proc/cpuinfo") if c.startswith("model name")), platform.processor())
     hardware = gpu or f"{cpu}, {torch.get_num_threads()} threads"
@@ -620,7 +669,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.json", lambda f: f.write_text(json.dumps(dataclasses.asdict(cfg), indent=1)))
         self.log = Log(folder / "log.jsonl", self.trainer.step)
-        self.losses = []  # of the steps since the last log line, still on the device: no synchronisation inside a step
+        self.losses = []  # of the steps since the last log line, still on the device: a step reads nothing back
         self.status, self.first_step = data.StatusLine(), self.trainer.step
         self.train_s = self.evaluate_s = 0.0
         self.began = self.saved_at = time.monotonic()
@@ -659,16 +708,24 @@ class Run:
         first = self.trainer.step - len(losses) + 1
         for step, loss in enumerate(losses, first):
             if not math.isfinite(loss):
-                last = self.folder / "last.pt"
-                kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
-                lr = learning_rate(self.cfg, step)
-                raise FloatingPointError(f"the loss is {loss} at step {step} (learning rate {lr:.2g}); {kept}")
+                raise self.not_finite(f"the loss is {loss}", step)
         self.log.add(step=self.trainer.step, loss=float(np.mean(losses)), lr=learning_rate(self.cfg, self.trainer.step))
         self.losses = []
 
-    def save(self):
+    def check_finite(self):
+        """Before anything is measured or saved: neither a loss nor a weight is nan or infinite."""
         self.log_loss()
-        state = self.trainer.state() | {"minutes": self.minutes()}
+        if not all(p.isfinite().all() for p in self.trainer.model.parameters()):
+            raise self.not_finite("a weight is not finite", self.trainer.step)
+
+    def not_finite(self, what, step):
+        last = self.folder / "last.pt"
+        kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
+        return FloatingPointError(f"{what} at step {step} (learning rate {learning_rate(self.cfg, step):.2g}); {kept}")
+
+    def save(self):
+        self.check_finite()
+        state = self.trainer.state() | {"minutes": self.minutes(), "images": len(self.splits["Train"].images)}
         write_whole(self.folder / "last.pt", lambda f: torch.save(state, f))
         self.saved_at = time.monotonic()
 
@@ -691,15 +748,17 @@ class Run:
         from notebooks import figures  # matplotlib takes a while to load
 
         cfg, start = self.cfg, time.monotonic()
-        self.log_loss()
+        self.check_finite()
         progress = passes_line(f"evaluating step {self.trainer.step}: passes", self.passes(), signals.check)
         function = evaluate_images if cfg.task == "synthesis" else evaluate_masks
         report, shown = function(self.trainer.ema, cfg, self.splits, self.device, progress)
         self.evaluate_s = time.monotonic() - start
         self.log.add(step=self.trainer.step, protocol=self.protocol(), **report, seconds=round(self.evaluate_s, 1))
 
-        best = max(self.log.evaluations(), key=quality)
-        if best["step"] == self.trainer.step:
+        same = [line for line in self.log.evaluations() if line["protocol"] == self.protocol()]
+        best = max(same, key=quality)
+        anew = sum(line["step"] == self.trainer.step for line in self.log.evaluations()) > 1
+        if best["step"] == self.trainer.step and not anew:
             state = {k: v for k, v in self.trainer.state().items() if k in ("config", "step", "ema")}
             write_whole(self.folder / "best.pt", lambda f: torch.save(state, f))
         self.save()
@@ -743,9 +802,11 @@ def describe(cfg):
         with torch.device("meta"):
             model = build_model(cfg)
     except ValueError as e:
-        raise UserError(e) from e
+        raise UserError(f"--channels {cfg.channels}, --image-size {cfg.image_size}: {e}") from e
     count = lambda module: sum(p.numel() for p in module.parameters())
-    lines = [f"  {name:17}{value}" for name, value in dataclasses.asdict(cfg).items()]
+    lines = [f"  {name:17}{value}" for name, value in dataclasses.asdict(cfg).items() if value != ""]
+    if not cfg.steps:
+        lines = [line.replace("steps            0", "steps            as many as the epochs take") for line in lines]
     lines.append(f"  U-Net            {count(model.unet):,} parameters")
     if model.embedder is not None:
         lines.append(f"  embedder         {count(model.embedder):,} parameters")
@@ -760,14 +821,16 @@ def prepare(args, device):
         if (folder / "last.pt").exists():
             raise UserError(f"{folder} holds a run already; go on with --resume {folder}, or choose another --out")
         return cfg, folder, None
-    given = {k: v for k, v in vars(args).items() if v not in (None, False)}
-    fixed = given.keys() - {"resume", "steps", "data", "device", "dry_run", "eval_every", *PROTOCOL}
+    given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
+    fixed = given.keys() - {"resume", "data", "device", "dry_run", *RESUMABLE}
     if fixed:
         flags = ", ".join("--" + k.replace("_", "-") for k in sorted(fixed))
         raise UserError(f"--resume keeps the run's settings (but --steps, --data, --device and those of evaluation), got {flags}")
     folder = Path(args.resume)
-    state = read_checkpoint(folder, device)
-    cfg = dataclasses.replace(state["config"], **{k: v for k, v in given.items() if k in ("steps", "eval_every", *PROTOCOL)})
+    if folder.is_file():
+        raise UserError(f"--resume takes the run folder: --resume {folder.parent}")
+    state = read_checkpoint(folder)
+    cfg = dataclasses.replace(state["config"], **{k: v for k, v in given.items() if k in RESUMABLE})
     check(cfg)
     if cfg.steps < state["step"]:
         raise UserError(f"--steps must be at least the {state['step']} steps that {folder} has taken, got {cfg.steps}")
@@ -776,9 +839,9 @@ def prepare(args, device):
 
 def find_data(cfg, given):
     """The configuration with the folder of its images; phantoms are announced, and made on the first use."""
-    resumed = cfg.data if given is None and cfg.data and not cfg.phantoms else given
-    root, phantoms = data.locate(resumed, cfg.task)
-    if phantoms and given is None:
+    ours = given is None and cfg.data in ("", str(data.PHANTOMS))  # a resumed run keeps its images
+    root, phantoms = data.locate(given or cfg.data or None, cfg.task) if not (ours and cfg.data) else (data.PHANTOMS, True)
+    if phantoms and ours:
         say(
             f"No X-rays found: COVID-QU-Ex is looked for in {' and '.join(map(str, data.DATA_HOMES))}. It can be had from "
             "Kaggle (anasmohammedtahir/covidqu); unpack it there, or name its folder with --data. Until then this run "
@@ -800,6 +863,10 @@ def start(args, command):
         name: data.load(cfg.data, cfg.task, name, cfg.classes, cfg.image_size, progress=data.progress_line(f"decoding {name}"))
         for name in ("Train", "Val")
     }
+    if cfg.task == "synthesis" and len(splits["Val"].images) < 4:
+        raise UserError(f"--task synthesis compares with at least 4 images of Val, {cfg.data} has {len(splits['Val'].images)}")
+    if state and state["images"] != len(splits["Train"].images):
+        raise UserError(f"{folder} was trained on {state['images']} images, and Train of {cfg.data} has {len(splits['Train'].images)}")
     steps = cfg.steps or math.ceil(cfg.epochs * len(splits["Train"].images) / cfg.batch_size)
     cfg = dataclasses.replace(cfg, steps=steps, eval_every=cfg.eval_every or max(1, math.ceil(steps / 10)))
     say(f"{folder} on {device}\n{describe(cfg)}")
@@ -809,17 +876,18 @@ def start(args, command):
         say(f"  {name:17}{n} images{few}")
 
     run = Run(cfg, device, folder, splits, state)
+    del state  # a copy of all that the run now holds
     try:
         run.train()
     except Stopped:
-        say(f"stopped and saved at step {run.trainer.step} of {cfg.steps}; go on with: python train.py --resume {folder}")
+        say(f"stopped and saved at step {run.trainer.step} of {cfg.steps}; go on with: python train.py --resume {shlex.quote(str(folder))}")
         return 130
     last = run.log.evaluations()[-1]
     table = markdown_table(cfg, last)
-    write_whole(folder / "table.md", lambda f: f.write_text(table + "\n"))
+    write_whole(folder / "table.md", lambda f: f.write_text(table + "\n", encoding="utf-8"))
     facts = dict(command=command, config=dataclasses.asdict(cfg), evaluation=last, minutes=round(run.minutes(), 1))
     facts |= provenance(device)
-    write_whole(folder / "results.json", lambda f: f.write_text(json.dumps(facts, indent=1)))
+    write_whole(folder / "results.json", lambda f: f.write_text(json.dumps(facts, indent=1), encoding="utf-8"))
     say(f"\n{table}\n\ncheckpoint, pictures and numbers: {folder}/")
     return 0
 
@@ -835,6 +903,14 @@ def main(argv=None):
     except FloatingPointError as e:
         print(f"train.py: stopped: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before or after the training; within it, StopSignals saves
+        print("\ntrain.py: stopped; a checkpoint written before is whole", file=sys.stderr)
+        return 130
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        print("train.py: error: out of memory; --resume goes on from the last checkpoint, --device cpu is slow but fits", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

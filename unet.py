@@ -81,8 +81,8 @@ def attend(q, k, v):
 
 
 def split_heads(z, D):
-    """Channels cut into equal pieces of D: (B, C, positions) -> (B, C / D, positions, D)."""
-    return z.unflatten(1, (-1, D)).transpose(2, 3)
+    """Channels cut into equal pieces of D: (B, C, positions) -> (B, C / D, positions, D), as the fused kernels want it laid out."""
+    return z.unflatten(1, (-1, D)).transpose(2, 3).contiguous()
 
 
 class LinearAttention(nn.Module):
@@ -117,7 +117,7 @@ class CrossAttention(nn.Module):
         self.D = head_channels
         self.norm = group_norm(channels)
         self.q = nn.Conv1d(channels + 24, channels, 1)
-        self.k = nn.Conv1d(context_channels + 24, channels, 1, bias=False)  # softmax would not see it
+        self.k = nn.Conv1d(context_channels + 24, channels, 1, bias=False)  # a bias adds the same to all scores of a query
         self.v = nn.Conv1d(context_channels, channels, 1)
         self.out = zero(nn.Conv1d(channels, channels, 1))
 
@@ -237,6 +237,8 @@ class UNet(nn.Module):
 
 def check_sizes(channels, widths, resolutions, attention_at, head_channels, image_size):
     """Refuse a combination that cannot be built, in words."""
+    if min(head_channels, image_size) < 1:
+        raise ValueError(f"head_channels and image_size must be at least 1, got {head_channels} and {image_size}")
     if channels < 2 or channels % 2:
         raise ValueError(f"channels must be even (cos and sin of the time embedding) and at least 2, got {channels}")
     if image_size % 2 ** (len(widths) - 1):
@@ -274,7 +276,7 @@ class ConditionalUNet(nn.Module):
         if cond not in in_channels:
             raise ValueError(f"cond must be one of {CONDITIONINGS} or None, got {cond!r}")
         self.cond = cond
-        self.patch = max(1, image_size // 16)  # cross: one token a patch, on a 16x16 grid
+        self.patch = next(p for p in range(max(1, image_size // 16), 0, -1) if image_size % p == 0)  # cross: a token a patch
         context_channels = features * self.patch**2 if cond == "cross" else 0
         self.embedder = ConditionEmbedder(1, features, growth) if cond in ("add", "concat", "cross") else None
         self.unet = UNet(in_channels[cond], 1, image_size=image_size, context_channels=context_channels, **unet)
