@@ -129,8 +129,8 @@ PRESETS = {
         task: dict(
             target="eps" if task == "synthesis" else "v",
             t_power=1.0 if task == "synthesis" else 2.0,
-            steps=1500 if task == "synthesis" else 500,
-            eval_every=750 if task == "synthesis" else 250,
+            steps={"synthesis": 1500, "lung": 500, "infection": 1000}[task],
+            eval_every={"synthesis": 750, "lung": 250, "infection": 500}[task],
             batch_size=16,
             lr_decay="cosine",
             warmup=50,
