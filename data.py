@@ -369,16 +369,16 @@ def progress_line(label):
 
 
 def locate(data, task):
-    """--data -> (root, whether it holds phantoms). None: the first of DATA_HOMES in the layout, else where the phantoms go."""
+    """--data -> (root, whether it holds phantoms). None: the first of DATA_HOMES that is there, else where the phantoms go.
+
+    DataError: the folder is not there, or not in the layout of the task; so it is for a home that is there.
+    """
     if data is not None:
         tree = tree_folder(data, task)
         return Path(data).expanduser(), any((f / PHANTOMS_NOTE).is_file() for f in tree.parents)
     for home in DATA_HOMES:
-        try:
-            tree_folder(home, task)
-            return home, False
-        except DataError:
-            continue
+        if home.is_dir():
+            return locate(home, task)
     return PHANTOMS, True
 
 

@@ -563,9 +563,12 @@ def test_locate_takes_a_given_folder_or_says_what_it_looked_for(root, tmp_path):
         data.locate(tmp_path / "nowhere", "lung")
 
 
-def test_locate_without_a_folder_takes_the_first_home_in_the_layout_else_phantoms(root, tmp_path, monkeypatch):
+def test_locate_without_a_folder_takes_the_first_home_that_is_there_else_phantoms(root, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "DATA_HOMES", (tmp_path / "nowhere", root))
     assert data.locate(None, "lung") == (root, False)
+    with pytest.raises(data.DataError, match="no data for infection"):      # a data set that lacks it is no reason for phantoms
+        data.locate(None, "infection")
+    monkeypatch.setattr(data, "DATA_HOMES", (tmp_path / "nowhere",))
     assert data.locate(None, "infection") == (data.PHANTOMS, True)
 
 

@@ -118,7 +118,8 @@ class Config:
     eta: float = 0.0  # [18]
     ensemble: int = 1  # masks averaged for one image; §4.3: "we decided to calculate each mask one time"
     eval_images: int = 512  # §4.3: of train and of validation, the same at every evaluation
-    eval_every: int = 0  # steps; 0: ten times a run
+    evaluations: int = 10  # in a run; §4.3: one an epoch
+    eval_every: int = 0  # steps from one to the next; 0: as many as make that number
     seed: int = 0
     precision: str = "fp32"  # or bf16: autocast with float32 parameters
 
@@ -130,7 +131,7 @@ PRESETS = {
             target="eps" if task == "synthesis" else "v",
             t_power=1.0 if task == "synthesis" else 2.0,
             steps={"synthesis": 1500, "lung": 500, "infection": 1000}[task],
-            eval_every={"synthesis": 750, "lung": 250, "infection": 500}[task],
+            evaluations=2,
             batch_size=16,
             lr_decay="cosine",
             warmup=50,
@@ -661,8 +662,9 @@ class StopSignals(contextlib.AbstractContextManager):
 class Run:
     """One run folder while it trains: the loop, what it shows, and what it writes."""
 
-    def __init__(self, cfg, device, folder, splits, state=None):
+    def __init__(self, cfg, device, folder, splits, state, command):
         self.cfg, self.device, self.folder, self.splits = cfg, device, folder, splits
+        self.command = f"{state['command']} && {command}" if state else command  # all that made this run
         self.trainer = Trainer(cfg, device)
         if state:
             self.trainer.load_state(state)
@@ -678,6 +680,8 @@ class Run:
     def train(self):
         """Steps, logs, evaluations and checkpoints, until cfg.steps. Ends early with Stopped, saved."""
         cfg, trainer = self.cfg, self.trainer
+        if trainer.step == 0:
+            self.save()  # the folder is taken from now on, and there is always a checkpoint to go back to
         images, masks = (a if a is None else torch.from_numpy(a).to(self.device) for a in self.splits["Train"][:2])
         log_every = min(50, max(1, cfg.steps // 100))
         with StopSignals() as signals:
@@ -719,13 +723,12 @@ class Run:
             raise self.not_finite("a weight is not finite", self.trainer.step)
 
     def not_finite(self, what, step):
-        last = self.folder / "last.pt"
-        kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
-        return FloatingPointError(f"{what} at step {step} (learning rate {learning_rate(self.cfg, step):.2g}); {kept}")
+        lr = learning_rate(self.cfg, step)
+        return FloatingPointError(f"{what} at step {step} (learning rate {lr:.2g}); the last good checkpoint is {self.folder / 'last.pt'}")
 
     def save(self):
         self.check_finite()
-        state = self.trainer.state() | {"minutes": self.minutes(), "images": len(self.splits["Train"].images)}
+        state = self.trainer.state() | {"minutes": self.minutes(), "images": len(self.splits["Train"].images), "command": self.command}
         write_whole(self.folder / "last.pt", lambda f: torch.save(state, f))
         self.saved_at = time.monotonic()
 
@@ -868,14 +871,14 @@ def start(args, command):
     if state and state["images"] != len(splits["Train"].images):
         raise UserError(f"{folder} was trained on {state['images']} images, and Train of {cfg.data} has {len(splits['Train'].images)}")
     steps = cfg.steps or math.ceil(cfg.epochs * len(splits["Train"].images) / cfg.batch_size)
-    cfg = dataclasses.replace(cfg, steps=steps, eval_every=cfg.eval_every or max(1, math.ceil(steps / 10)))
+    cfg = dataclasses.replace(cfg, steps=steps, eval_every=cfg.eval_every or math.ceil(steps / cfg.evaluations))
     say(f"{folder} on {device}\n{describe(cfg)}")
     for name, split in splits.items():
         n = len(split.images)
         few = f", all {n} evaluated (fewer than {cfg.eval_images})" if n < cfg.eval_images else f", {cfg.eval_images} evaluated"
         say(f"  {name:17}{n} images{few}")
 
-    run = Run(cfg, device, folder, splits, state)
+    run = Run(cfg, device, folder, splits, state, command)
     del state  # a copy of all that the run now holds
     try:
         run.train()
@@ -885,7 +888,7 @@ def start(args, command):
     last = run.log.evaluations()[-1]
     table = markdown_table(cfg, last)
     write_whole(folder / "table.md", lambda f: f.write_text(table + "\n", encoding="utf-8"))
-    facts = dict(command=command, config=dataclasses.asdict(cfg), evaluation=last, minutes=round(run.minutes(), 1))
+    facts = dict(command=run.command, config=dataclasses.asdict(cfg), evaluation=last, minutes=round(run.minutes(), 1))
     facts |= provenance(device)
     write_whole(folder / "results.json", lambda f: f.write_text(json.dumps(facts, indent=1), encoding="utf-8"))
     say(f"\n{table}\n\ncheckpoint, pictures and numbers: {folder}/")
