@@ -766,7 +766,8 @@ class Run:
             write_whole(self.folder / "best.pt", lambda f: torch.save(state, f))
         self.save()
 
-        title = f"{cfg.task} {cfg.cond or ''}, {'phantoms' if cfg.phantoms else 'X-rays'}, step {self.trainer.step}"
+        what = f"{cfg.task}, {cfg.cond}" if cfg.cond else cfg.task
+        title = f"{what}, {'phantoms' if cfg.phantoms else 'X-rays'}, step {self.trainer.step}"
         write_whole(self.folder / "curves.png", lambda f: figures.save_curves(f, self.log.lines, title))
         if cfg.task == "synthesis":
             write_whole(self.folder / "samples.png", lambda f: figures.save_image_grid(f, shown[:64], title))
