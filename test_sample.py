@@ -161,7 +161,7 @@ def test_grouping_changes_nothing(lung, call, tmp_path, monkeypatch):
     paths, ensemble = xrays(tmp_path / "in", 5), ("--ensemble", 3)
     assert call(lung, "--images", *paths, *ensemble, "--out", tmp_path / "all")[0] == 0
     assert call(lung, "--images", *paths[:2], *ensemble, "--out", tmp_path / "two")[0] == 0
-    monkeypatch.setattr(train, "pieces", lambda rows, device, members=1: np.array_split(rows, 3))
+    monkeypatch.setattr(train, "in_pieces", lambda work, rows, *_: ((r, work(r)) for r in np.array_split(rows, 3)))
     assert call(lung, "--images", *paths, *ensemble, "--out", tmp_path / "split")[0] == 0
     for path in paths:
         for kind in ("mask", "mean", "disagreement"):
@@ -324,7 +324,7 @@ def test_xray_i_is_the_same_whatever_n_and_another_with_another_seed(synthesis, 
     monkeypatch.setattr(figures, "save_image_grid", lambda path, *args: path.write_bytes(b"drawn"))
     monkeypatch.setattr(sample, "GRID", 2)
     assert call(synthesis, "-n", 2, "--out", tmp_path / "two")[0] == 0
-    monkeypatch.setattr(train, "pieces", lambda rows, device, members=1: np.array_split(rows, 2))
+    monkeypatch.setattr(train, "in_pieces", lambda work, rows, *_: ((r, work(r)) for r in np.array_split(rows, 2)))
     assert call(synthesis, "-n", 5, "--out", tmp_path / "five")[0] == 0
     assert call(synthesis, "-n", 2, "--seed", 1, "--out", tmp_path / "other")[0] == 0
     assert call(synthesis, "--out", tmp_path / "default")[0] == 0
@@ -407,7 +407,7 @@ def test_bf16_of_a_gpu_run_is_fp32_where_bf16_is_slow(monkeypatch):
 
 
 def test_ctrl_c_leaves_whole_files_and_one_line(synthesis, call, monkeypatch):
-    monkeypatch.setattr(train, "pieces", lambda rows, device, members=1: np.array_split(rows, len(rows)))
+    monkeypatch.setattr(train, "in_pieces", lambda work, rows, *_: ((r, work(r)) for r in np.array_split(rows, len(rows))))
     real = train.sample_images
 
     def stop_at_2(model, cfg, index, *args, **kwargs):
@@ -479,4 +479,4 @@ def test_what_cannot_be_is_refused_in_one_line_before_any_work(lung, synthesis, 
 
 def test_a_device_that_is_not_there_is_refused(lung, call, tmp_path, capsys):
     assert sample.main([str(lung), "--images", str(xrays(tmp_path / "in", 1)[0]), "--device", "abacus"]) == 2
-    assert "sample.py: error: --device abacus" in capsys.readouterr().err
+    assert "sample.py: error: --device must be cuda, mps or cpu, got abacus" in capsys.readouterr().err
