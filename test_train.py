@@ -58,6 +58,7 @@ def no_pictures(monkeypatch):
 def go(root, tmp_path, monkeypatch):
     """go("--task lung ...") runs train.py in this process on the tiny data; returns (exit status, run folder)."""
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)  # away from the runs/ of whoever tests
 
     def go(words, out="run", given=TINY):
         folder = tmp_path / out
