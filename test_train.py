@@ -526,6 +526,29 @@ def test_a_log_cut_off_by_a_power_cut_is_read_up_to_there(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == text.splitlines(keepends=True)[0]
 
 
+def test_a_log_is_cut_back_to_the_checkpoint_that_a_run_goes_on_from(tmp_path):
+    """Killed after step 2 was logged, with a checkpoint of step 1: step 2 is logged again, not twice."""
+    log = train.Log(tmp_path / "log.jsonl")
+    for step in (1, 2):
+        log.add(step=step, loss=0.5)
+    again = train.Log(tmp_path / "log.jsonl", 1)
+    again.add(step=2, loss=0.5)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_a_run_goes_on_with_the_images_it_began_with(go, monkeypatch, no_pictures, capsys):
+    """Another number of training images is refused; a run on phantoms given by name does not move to other images."""
+    _, folder = go("--task lung")
+    state = torch.load(folder / "last.pt", weights_only=True)
+    seen, load = [], data.load
+    monkeypatch.setattr(data, "load", lambda root, *args, **kw: seen.append(root) or load(root, *args, **kw))
+    torch.save(state | {"config": state["config"] | {"phantoms": True}}, folder / "last.pt")
+    assert train.main(["--resume", str(folder)]) == 0 and set(seen) == {state["config"]["data"]}
+    torch.save(state | {"images": 99}, folder / "last.pt")
+    assert train.main(["--resume", str(folder)]) == 2
+    assert f"{folder} was trained on 99 images, and Train of" in capsys.readouterr().err
+
+
 def test_a_run_ends_well_where_there_is_no_git(go, monkeypatch, no_pictures):
     """results.json then says that the commit is unknown."""
     def no_git(*_, **__):
