@@ -128,7 +128,7 @@ PRESETS = {
     "report": {"synthesis": {}, "lung": {}, "infection": dict(epochs=2400)},
     "small": {
         task: dict(
-            target="eps" if task == "synthesis" else "v",
+            target="v",
             t_power=1.0 if task == "synthesis" else 2.0,
             steps={"synthesis": 1500, "lung": 500, "infection": 1000}[task],
             evaluations=2,
