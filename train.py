@@ -843,9 +843,11 @@ def prepare(args, device):
 
 def find_data(cfg, given):
     """The configuration with the folder of its images; phantoms are announced, and made on the first use."""
-    ours = given is None and cfg.data in ("", str(data.PHANTOMS))  # a resumed run keeps its images
-    root, phantoms = data.locate(given or cfg.data or None, cfg.task) if not (ours and cfg.data) else (data.PHANTOMS, True)
-    if phantoms and ours:
+    if given is None and cfg.data == str(data.PHANTOMS):  # a resumed run keeps its images
+        root, phantoms = data.PHANTOMS, True
+    else:
+        root, phantoms = data.locate(given or cfg.data or None, cfg.task)
+    if given is None and root == data.PHANTOMS:
         say(
             f"No X-rays found: COVID-QU-Ex is looked for in {' and '.join(map(str, data.DATA_HOMES))}. It can be had from "
             "Kaggle (anasmohammedtahir/covidqu); unpack it there, or name its folder with --data. Until then this run "
