@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
 TREES = {"lung": "Lung Segmentation Data", "infection": "Infection Segmentation Data",
@@ -72,6 +73,30 @@ def to_uint8(x):
     if x.isnan().any():
         raise ValueError("to_uint8 got nan, which is no gray value")
     return x.detach().float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+
+def augment(x, mask, generator, strength=1.0):
+    r"""An X-ray and its mask as another exposure of the same patient could have shown them, each pair by its own draw.
+
+        p = R(a) s p' + d                              the place p' of the new picture shows the old place p
+        x = contrast x(p) + brightness, clipped        in [-1, 1]
+        mask = +1 where mask(p) > 0, else -1
+
+    x, mask    (B, 1, S, S) float in [-1, 1]
+    generator  torch.Generator on the CPU: the draws are the same on every device
+    strength   0: nothing changes. 1: rotation a to 10 degrees, scale s from 1/1.1 to 1.1, shift d to a twentieth of the
+               side, contrast from 1/1.25 to 1.25, brightness to 0.1 of the range, each uniform (s and contrast in their
+               logarithm). What moves in from outside repeats the edge.
+
+    No flips: the heart is on one side.
+    """
+    u = strength * (2 * torch.rand(6, len(x), 1, 1, generator=generator) - 1).to(x)  # -strength..strength
+    angle, s, right, down, contrast, brightness = math.pi / 18 * u[0], 1.1 ** u[1], 0.1 * u[2], 0.1 * u[3], 1.25 ** u[4], 0.2 * u[5]
+    rows = (s * angle.cos(), -s * angle.sin(), right), (s * angle.sin(), s * angle.cos(), down)  # each (B, 1, 1)
+    places = F.affine_grid(torch.cat([torch.cat(row, -1) for row in rows], 1), x.shape, align_corners=False)
+    moved = F.grid_sample(torch.cat([x, mask], 1), places, padding_mode="border", align_corners=False)
+    x = moved[:, :1] * contrast[:, None] + brightness[:, None]
+    return x.clamp(-1, 1), torch.where(moved[:, 1:] > 0, 1.0, -1.0)
 
 
 # one file

@@ -96,6 +96,7 @@ class Config:
     preset: str = "report"
     target: str = "eps"  # what the network predicts: eps is Eq. (7)
     t_power: float = 1.0  # t is drawn with density t^(t_power - 1): 1 is Eq. (7)'s uniform, 2 prefers high noise
+    augment: float = 0.0  # strength of data.augment on X-ray and mask; 0: none, as the report
     epochs: float = 100.0  # §4.4; 2400 in §4.5
     steps: int = 0  # gradient steps; 0: as many as the epochs take
     batch_size: int = 512  # §4.4, §4.5
@@ -158,6 +159,7 @@ def parse(argv):
     p.add_argument("--preset", choices=PRESETS, help="default: report where there is an NVIDIA GPU, small elsewhere")
     p.add_argument("--target", choices=diffusion.TARGETS, help="what the network predicts: the noise (Eq. 7), a mix, the image")
     p.add_argument("--t-power", type=float, metavar="X", help="t is drawn with density t^(X-1): 1 uniform (Eq. 7), 2 more noise")
+    p.add_argument("--augment", type=float, metavar="X", help="move, turn and expose X-ray and mask anew each time; 1: up to 10 degrees; 0: no")
     p.add_argument("--steps", type=int, metavar="N", help="gradient steps")
     p.add_argument("--epochs", type=float, metavar="X", help="passes over the training images (instead of --steps)")
     p.add_argument("--batch-size", type=int, metavar="N", help="images a gradient step")
@@ -226,6 +228,10 @@ def check(cfg):
         raise UserError(f"--seed must be below 2^63, got {cfg.seed}")
     if cfg.task == "synthesis" and cfg.ensemble > 1:
         raise UserError(f"--ensemble averages masks; --task synthesis has none, got {cfg.ensemble}")
+    if cfg.task == "synthesis" and cfg.augment:
+        raise UserError(f"--augment moves an X-ray and its mask; --task synthesis would learn to draw the moves, got {cfg.augment}")
+    if not 0 <= cfg.augment <= 2:
+        raise UserError(f"--augment must be between 0 and 2, got {cfg.augment}")
     if not cfg.ema < 1:
         raise UserError(f"--ema must be below 1, got {cfg.ema}")
     if not 0 <= cfg.eta <= 1:
@@ -293,9 +299,14 @@ def batch_indices(cfg, N, step):
     return torch.from_numpy(np.array([order[e][i] for e, i in zip(places // N, places % N)]))
 
 
+def generator(*words):
+    """A torch.Generator on the CPU, of these numbers alone."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+
+
 def draws(cfg, step, like):
     """t and eps of Eq. (7) for batch `step`, a function of (seed, step) alone, the same on every device."""
-    g = torch.Generator().manual_seed(int(np.random.SeedSequence([cfg.seed, 2, step]).generate_state(1)[0]))
+    g = generator(cfg.seed, 2, step)
     u = torch.rand(len(like), generator=g, dtype=torch.float64)
     t = (cfg.T * u ** (1 / cfg.t_power)).ceil().clamp(min=1).long()  # P(t <= k) = (k / T)^t_power
     return t, torch.randn(like.shape, generator=g).to(like.device)
@@ -327,6 +338,8 @@ class Trainer:
         image = data.to_float(images[rows])
         # §3: x_0 is the X-ray. §4.1: x_0 is the mask and y the X-ray.
         x0, y = (image, None) if masks is None else (data.to_float(masks[rows]), image)
+        if cfg.augment:
+            y, x0 = data.augment(y, x0, generator(cfg.seed, 3, self.step), cfg.augment)
         t, eps = draws(cfg, self.step, x0)
 
         loss = self.gradient(x0, y, t, eps)  # Eq. (7)
