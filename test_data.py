@@ -1,5 +1,6 @@
 """§3.1: what the loader promises. Every tree is a tiny one, written here; no data set is needed."""
 
+import math
 import os
 import sys
 import time
@@ -89,6 +90,62 @@ def test_to_float_refuses_what_is_already_converted_and_leaves_its_argument_alon
     assert u.item() == 7
     with pytest.raises(ValueError, match=r"takes uint8 \(0..255\), got torch.float32"):
         data.to_float(np.zeros(3, np.float32))
+
+
+RAMP = (2 * (torch.arange(32) + 0.5) / 32 - 1).expand(32, 32)  # the horizontal coordinate of affine_grid, linear: exact under bilinear sampling
+
+
+def augmented(x, n, strength=1.0, seed=0):
+    """n draws for one (32, 32) image that is its own mask; the same draws for every image, because the seed is the same."""
+    x = x.expand(n, 1, 32, 32).clone()
+    return data.augment(x, x, torch.Generator().manual_seed(seed), strength)
+
+
+def moves_of(n, strength):
+    """Contrast, brightness, and the place (n, 2, 32, 32) that each pixel shows, read off images whose values are places."""
+    brightness = augmented(torch.zeros(32, 32), n, strength)[0].mean((1, 2, 3))
+    contrast = (augmented(torch.full((32, 32), 0.5), n, strength)[0].mean((1, 2, 3)) - brightness) / 0.5
+    place = [(augmented(0.5 * r, n, strength)[0][:, 0] - brightness[:, None, None]) / contrast[:, None, None] / 0.5 for r in (RAMP, RAMP.T)]
+    return contrast, brightness, torch.stack(place, 1)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_augmentation_is_the_stated_map_within_the_stated_ranges(strength):
+    """Ramps give the map back: a rotation times a scale, never a flip; the ends of each range are reached by 2000 draws."""
+    contrast, brightness, place = moves_of(2000, strength)
+    inner = place[:, :, 12:20, 12:20]  # away from the edge, which repeats
+    step = 2 / 32
+    matrix = torch.stack([inner.diff(dim=3).mean((2, 3)), inner.diff(dim=2).mean((2, 3))], 2) / step  # columns: right, down
+    s = matrix.det().sqrt()
+    angle = torch.atan2(matrix[:, 1, 0], matrix[:, 0, 0])
+    rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+    torch.testing.assert_close(matrix, s[:, None, None] * rotation, atol=1e-4, rtol=0)
+    d = inner.mean((2, 3))
+    ranges = [(angle, math.radians(10)), (s.log(), math.log(1.1)), (d[:, 0], 0.1), (d[:, 1], 0.1)]
+    for values, largest in ranges + [(contrast.log(), math.log(1.25)), (brightness, 0.2)]:
+        largest *= strength
+        assert 0.95 * largest < values.max() <= 1.001 * largest and -0.95 * largest > values.min() >= -1.001 * largest
+        assert abs(values.mean()) < 0.06 * largest
+
+
+def test_augmentation_moves_the_mask_with_its_xray_and_keeps_it_two_valued():
+    """A disc off the centre: the mask is the disc at the places that the X-ray's own ramps show, up to its pixelated edge."""
+    disc = lambda right, down: (right - 0.3) ** 2 + (down + 0.2) ** 2 < 0.16
+    _, _, place = moves_of(200, 1.0)
+    expected = disc(place[:, 0], place[:, 1])
+    mask = augmented(torch.where(disc(RAMP, RAMP.T), 1.0, -1.0), 200)[1]
+    assert mask.unique().tolist() == [-1, 1]
+    dice = lambda a: 2 * (a & expected).sum((1, 2)) / (a.sum((1, 2)) + expected.sum((1, 2)))
+    assert dice(mask[:, 0] > 0).min() > 0.93 and dice(disc(RAMP, RAMP.T).expand(200, 32, 32)).min() < 0.8
+
+
+def test_augmentation_of_strength_0_changes_nothing_and_stays_within_the_range_otherwise():
+    """Strength 0 is the identity; an X-ray that fills -1..1 is clipped to it, not folded or scaled."""
+    x = torch.rand(32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    same, mask = augmented(x, 3, 0.0)
+    torch.testing.assert_close(same[:, 0], x.expand(3, 32, 32), atol=1e-5, rtol=0)
+    assert torch.equal(mask[0, 0] > 0, x > 0)
+    assert augmented(0.9 * RAMP.sign(), 50)[0].abs().max() == 1
 
 
 def test_to_uint8_refuses_nan():

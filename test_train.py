@@ -150,6 +150,8 @@ REFUSALS = [
     ("--task lung --batch-size 0", "--batch-size must be at least 1, got 0"),
     ("--task lung --lr nan", "--lr must be above 0 and finite, got nan"),
     ("--task lung --ema 1", "--ema must be below 1, got 1.0"),
+    ("--task lung --augment 3", "--augment must be between 0 and 2, got 3.0"),
+    ("--task synthesis --augment 1", "--augment moves an X-ray and its mask; --task synthesis would learn to draw the moves, got 1.0"),
     ("--task lung --eta 1.5", "--eta must be between 0 and 1, got 1.5"),
     ("--task lung --ddim-steps 1001", "--ddim-steps must be at most T = 1000, got 1001"),
     ("--task lung --image-size 20", "image_size must be divisible by 8 for 4 levels, got 20"),
@@ -202,6 +204,30 @@ def test_the_network_sees_the_noised_mask_as_x0_and_the_xray_of_the_same_row_as_
     assert all((image == images).flatten(1).all(1).any() for image in y)
     trainer.train_step(torch.from_numpy(tiny.images), None)
     assert seen[1][1] is None and not seen[1][0].unique().tolist() == [-1, 1]
+
+
+def test_augmentation_changes_each_pair_of_a_step_by_the_seed_and_the_step_alone(monkeypatch):
+    """Off, the network sees the files; on, it sees data.augment of the very rows, X-ray first, another draw at every step."""
+    seen, tiny = [], split(4)
+    images, masks = torch.from_numpy(tiny.images), torch.from_numpy(tiny.masks)
+    monkeypatch.setattr(diffusion, "l_simple", lambda s, m, x0, y, *_: seen.append((y, x0)) or sum(p.sum() for p in m.parameters()))
+    for cfg in (config(), config(augment=1.0), config(augment=1.0)):
+        trainer = train.Trainer(cfg, CPU)
+        trainer.train_step(images, masks)
+        trainer.train_step(images, masks)
+    draws = []
+    monkeypatch.setattr(data, "augment", lambda y, x0, g, strength: draws.append((y, x0, g.initial_seed(), strength)) or (x0, y))
+    for step in (1, 2):
+        trainer = train.Trainer(config(augment=0.5), CPU)
+        trainer.step = step - 1
+        trainer.train_step(images, masks)
+        (y, x0, _, strength), off = draws[-1], seen[step - 1]
+        assert torch.equal(y, off[0]) and torch.equal(x0, off[1]) and strength == 0.5
+        assert torch.equal(seen[-1][0], x0) and torch.equal(seen[-1][1], y)  # what augment gives is what is learned, in its order
+    train.Trainer(config(augment=0.5, seed=1), CPU).train_step(images, masks)
+    assert len({draw[2] for draw in draws}) == 3  # three steps, three draws
+    for a, b in zip(seen[2:4], seen[4:6]):  # the same seed
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and not torch.equal(a[0], seen[0][0])
 
 
 def test_the_gradient_does_not_depend_on_the_micro_batch():
@@ -413,7 +439,7 @@ def assert_same(a, b, where=""):
         assert a == b, where
 
 
-@pytest.mark.parametrize("words", ["--task lung", "--task synthesis", "--task lung --precision bf16 --eta 0.5"])
+@pytest.mark.parametrize("words", ["--task lung", "--task synthesis", "--task lung --precision bf16 --eta 0.5 --augment 1"])
 @pytest.mark.parametrize("stop_at", [1, 3])
 def test_a_resumed_run_is_an_uninterrupted_run_bit_for_bit(go, monkeypatch, words, stop_at, capsys, no_pictures):
     """SIGINT in a step, --resume: weights, averages, optimiser and evaluations equal those of a run that was left alone."""
