@@ -92,7 +92,8 @@ def test_to_float_refuses_what_is_already_converted_and_leaves_its_argument_alon
         data.to_float(np.zeros(3, np.float32))
 
 
-RAMP = (2 * (torch.arange(32) + 0.5) / 32 - 1).expand(32, 32)  # the horizontal coordinate of affine_grid, linear: exact under bilinear sampling
+# the horizontal coordinate of affine_grid; linear, so bilinear sampling is exact
+RAMP = (2 * (torch.arange(32) + 0.5) / 32 - 1).expand(32, 32)
 
 
 def augmented(x, n, strength=1.0, seed=0):

@@ -80,10 +80,10 @@ def test_no_third_party_package_but_the_four(path):
 
 
 def test_figures_is_a_leaf():
-    """It imports numpy and matplotlib, nothing of the project and no torch."""
+    """It imports numpy, pillow and matplotlib, nothing of the project and no torch."""
     if not FIGURES.exists():
         pytest.skip("no notebooks/figures.py yet")
-    assert set(imports(parse(FIGURES))) - set(sys.stdlib_module_names) <= {"numpy", "matplotlib"}
+    assert set(imports(parse(FIGURES))) - set(sys.stdlib_module_names) <= {"numpy", "PIL", "matplotlib"}
 
 
 PROBE = r"""

@@ -629,6 +629,42 @@ def test_a_finished_run_is_evaluated_anew_under_another_protocol_and_not_trained
     assert json.loads((folder / "results.json").read_text())["evaluation"] == last[-1]
 
 
+def test_a_notebook_gets_the_finished_run_or_a_shorter_one_trained_here_and_the_next_time_found(root, tmp_path, monkeypatch, no_pictures):
+    """open_run: trains -short once, goes on with it after a stop, finds it again, and prefers the full run when there is one."""
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    words, short = f"--task lung --data {root}", TINY.replace("--preset small", "")
+    words += " --preset small"
+    begun, step = [], train.Trainer.train_step
+    monkeypatch.setattr(train.Trainer, "train_step", lambda self, *batch: begun.append(self.step) or step(self, *batch))
+    stop = train.Run.evaluate
+    monkeypatch.setattr(train.Run, "evaluate", lambda self, signals: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(train.Stopped, match="lung-concat-0-short was not trained to its end"):
+        train.open_run(words, short)
+    monkeypatch.setattr(train.Run, "evaluate", stop)
+    for _ in range(2):
+        model, cfg, folder, label = train.open_run(words, short)
+        assert begun == [0, 1, 2, 3] and folder == Path("runs/lung-concat-0-short") and label == f"X-rays, {folder}, step 4"
+    assert train.main([*words.split(), *short.split(), "--seed", "0"]) == 0 and len(begun) == 8
+    assert train.open_run(words, short)[2] == Path("runs/lung-concat-0") and len(begun) == 8
+    expected = train.load_run("runs/lung-concat-0")[0].state_dict()
+    for name, value in train.open_run(words, short)[0].state_dict().items():
+        assert torch.equal(value, expected[name])
+
+
+def test_a_run_on_phantoms_finds_its_images_again(tmp_path, monkeypatch, capsys):
+    """Its own folder while it is there, else the same phantoms of this checkout; without a word about missing X-rays."""
+    monkeypatch.setattr(data, "PHANTOMS", tmp_path / "here")
+    drawn = []
+    monkeypatch.setattr(data, "ensure_phantoms", lambda task, _: drawn.append(task))
+    monkeypatch.setattr(data, "locate", lambda given, task: (Path(given), True))
+    there = config(phantoms=True, data=str(tmp_path))
+    assert train.find_data(there, None) == there and drawn == []
+    moved = train.find_data(config(phantoms=True, data=str(tmp_path / "gone")), None)
+    assert moved.data == str(tmp_path / "here") and moved.phantoms and drawn == ["lung"]
+    assert capsys.readouterr().out == ""
+
+
 def test_a_damaged_checkpoint_is_refused_by_name(go, capsys, no_pictures):
     """Cut in half: one line, not a traceback; the file is left as it is."""
     _, folder = go("--task lung")

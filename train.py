@@ -159,7 +159,7 @@ def parse(argv):
     p.add_argument("--preset", choices=PRESETS, help="default: report where there is an NVIDIA GPU, small elsewhere")
     p.add_argument("--target", choices=diffusion.TARGETS, help="what the network predicts: the noise (Eq. 7), a mix, the image")
     p.add_argument("--t-power", type=float, metavar="X", help="t is drawn with density t^(X-1): 1 uniform (Eq. 7), 2 more noise")
-    p.add_argument("--augment", type=float, metavar="X", help="move, turn and expose X-ray and mask anew each time; 1: up to 10 degrees; 0: no")
+    p.add_argument("--augment", type=float, metavar="X", help="move, turn and expose X-ray and mask anew each time; 0: no")
     p.add_argument("--steps", type=int, metavar="N", help="gradient steps")
     p.add_argument("--epochs", type=float, metavar="X", help="passes over the training images (instead of --steps)")
     p.add_argument("--batch-size", type=int, metavar="N", help="images a gradient step")
@@ -434,6 +434,25 @@ def load_run(path, device="cpu"):
     except (KeyError, RuntimeError) as e:
         raise UserError(f"{path}: its weights do not fit its configuration") from e
     return model.requires_grad_(False).eval(), c["config"], c["step"]
+
+
+def open_run(words, otherwise, device="cpu"):
+    """What the notebooks look at: the finished run of `python train.py WORDS`, or else a shorter one, trained here and now.
+
+    words      "--task lung --cond concat": its run is looked for in runs/ of the current folder
+    otherwise  "--steps 200": added to the words where there is none; that run is kept in runs/...-short, and found the next time
+
+    Returns (model with the averaged weights, config, folder, label); the label says which data and which run.
+    """
+    folder = Path("runs", name_of(configure(parse(words.split()), torch.device(device))))
+    if not (folder / "results.json").exists():
+        folder = folder.with_name(folder.name + "-short")
+    if not (folder / "results.json").exists():
+        went_on = ["--resume", str(folder)] if (folder / "last.pt").exists() else [*words.split(), *otherwise.split(), "--out", str(folder)]
+        if main([*went_on, "--device", str(device)]):
+            raise Stopped(f"{folder} was not trained to its end")
+    model, cfg, step = load_run(folder, device)
+    return model, cfg, folder, f"{'phantoms' if cfg.phantoms else 'X-rays'}, {folder}, step {step}"
 
 
 # ------------------------------------------------------------------------------------- evaluation: §4.3
@@ -830,11 +849,16 @@ def describe(cfg):
     return "\n".join(lines)
 
 
+def name_of(cfg):
+    """lung-concat-0, synthesis-0: a run's folder under runs/."""
+    return "-".join(filter(None, (cfg.task, cfg.cond, str(cfg.seed))))
+
+
 def prepare(args, device):
     """Configuration, run folder and checkpoint (or None) of a new or a resumed run."""
     if not args.resume:
         cfg = configure(args, device)
-        folder = Path(args.out or f"runs/{'-'.join(filter(None, (cfg.task, cfg.cond, str(cfg.seed))))}")
+        folder = Path(args.out or Path("runs", name_of(cfg)))
         if (folder / "last.pt").exists():
             raise UserError(f"{folder} holds a run already; go on with --resume {folder}, or choose another --out")
         return cfg, folder, None
@@ -855,17 +879,21 @@ def prepare(args, device):
 
 
 def find_data(cfg, given):
-    """The configuration with the folder of its images; phantoms are announced, and made on the first use."""
-    if given is None and cfg.data == str(data.PHANTOMS):  # a resumed run keeps its images
+    """The configuration with the folder of its images; phantoms are announced, and made on the first use.
+
+    A run on phantoms keeps its images: those of its own folder, or, in a run that came from elsewhere, the same ones here.
+    """
+    if given is None and cfg.phantoms and (cfg.data == str(data.PHANTOMS) or not Path(cfg.data).is_dir()):
         root, phantoms = data.PHANTOMS, True
     else:
         root, phantoms = data.locate(given or cfg.data or None, cfg.task)
     if given is None and root == data.PHANTOMS:
-        say(
-            f"No X-rays found: COVID-QU-Ex is looked for in {' and '.join(map(str, data.DATA_HOMES))}. It can be had from "
-            "Kaggle (anasmohammedtahir/covidqu); unpack it there, or name its folder with --data. Until then this run "
-            "uses chest phantoms: generated X-rays whose masks are known. Its numbers are about phantoms."
-        )
+        if not cfg.data:
+            say(
+                f"No X-rays found: COVID-QU-Ex is looked for in {' and '.join(map(str, data.DATA_HOMES))}. It can be had from "
+                "Kaggle (anasmohammedtahir/covidqu); unpack it there, or name its folder with --data. Until then this run "
+                "uses chest phantoms: generated X-rays whose masks are known. Its numbers are about phantoms."
+            )
         data.ensure_phantoms(cfg.task, data.progress_line("drawing phantoms"))
     return dataclasses.replace(cfg, data=str(root), phantoms=phantoms)
 

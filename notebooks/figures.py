@@ -4,18 +4,106 @@ Images and masks are uint8: images (N, 1, H, W) 0..255, masks 0 or 255. Masks ar
 solid and the sampled one dashed, so that a picture survives grey printing.
 """
 
+import io
+
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
-TRUE, SAMPLED, BOTH = "#009e73", "#d55e00", "#56b4e9"  # colours that differ in grey and to colour-blind eyes
+TRUE, SAMPLED = "#009e73", "#d55e00"  # colours that differ in grey and to colour-blind eyes
+LINES = [  # colour, dash, marker
+    ("#000000", "-", "o"),
+    ("#d55e00", "--", "s"),
+    ("#0072b2", ":", "^"),
+    ("#009e73", "-.", "v"),
+    ("#cc79a7", (0, (5, 1)), "D"),
+]
+
+
+class Picture(Figure):
+    """A figure without the global state of pyplot, which a notebook shows when it is the last value of a cell."""
+
+    def _repr_png_(self):
+        drawn, small = io.BytesIO(), io.BytesIO()
+        self.savefig(drawn, dpi=90)
+        picture = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # noise hardly compresses
+        picture.save(small, "png", optimize=True)
+        return small.getvalue()
 
 
 def figure(rows, columns, width, height):
-    """A figure and its axes, without the global state of pyplot."""
-    fig = Figure(figsize=(width, height), layout="constrained")
+    """A figure and its axes."""
+    fig = Picture(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(fig)
     return fig, fig.subplots(rows, columns, squeeze=False)
+
+
+def plot(*panels, title, caption="", height=3.2):
+    """Curves in panels side by side, told apart by dash and marker, not by colour alone.
+
+    Each panel is a dict: lines {label: (x, y)}, and any of matplotlib's axis properties (xlabel, ylabel, title, xscale,
+    yscale, xlim, ylim); style "line" (default), "points" or "both"; errors {label: half width}; marks {label: y}, level lines.
+    """
+    fig, (axes,) = figure(1, len(panels), 4.6 * len(panels), height)
+    for ax, panel in zip(axes, panels):
+        panel = dict(panel)
+        lines, style = panel.pop("lines"), panel.pop("style", "line")
+        errors, marks = panel.pop("errors", {}), panel.pop("marks", {})
+        for (label, (x, y)), (colour, dash, marker) in zip(lines.items(), LINES):
+            look = dict(color=colour, linestyle="" if style == "points" else dash, marker="" if style == "line" else marker)
+            ax.errorbar(x, y, errors.get(label), label=label, markersize=4, linewidth=1.4, capsize=3, **look)
+        for (label, y), (colour, dash, _) in zip(marks.items(), reversed(LINES)):
+            ax.axhline(y, label=label, color=colour, linestyle=dash, linewidth=1)
+        ax.set(**panel)
+        ax.title.set_fontsize(9)
+        ax.grid(alpha=0.3)
+        if len(lines) + len(marks) > 1:
+            ax.legend(fontsize=8)
+    annotate(fig, title, caption)
+    return fig
+
+
+def annotate(fig, title, caption):
+    """The title above, and the caption below in smaller type."""
+    fig.suptitle(title, fontsize=10)
+    if caption:
+        fig.supxlabel(caption, fontsize=8)
+
+
+def image_rows(rows, title, caption="", columns=(), size=1.25, outlines=None, maps=(), above=None):
+    """Pictures in labelled rows: rows {label: sequence of (H, W) or (1, H, W) arrays, None: a blank place}.
+
+    columns   a label over each column
+    outlines  {label: [(masks, colour, style), ...]}: contours on the pictures of that row, masks like the row
+    maps      labels of the rows that hold numbers and not gray values: each is drawn in its own range, with a colour bar
+    above     {label: a line over each picture of the row}
+    """
+    width = max(len(row) for row in rows.values())
+    fig, axes = figure(len(rows), width, size * width + 1.2, size * len(rows) * (1.12 if above else 1) + 0.75)
+    for line, (label, row) in zip(axes, rows.items()):
+        flat = [None if a is None else np.asarray(a).reshape(np.shape(a)[-2:]) for a in row]
+        if label in maps:
+            low, high = min(a.min() for a in flat if a is not None), max(a.max() for a in flat if a is not None)
+        for i, (ax, a) in enumerate(zip(line, flat)):
+            show(ax, np.full((1, 1), 255) if a is None else a)
+            if a is None:
+                ax.axis("off")
+            elif label in maps:
+                drawn = ax.imshow(a, cmap="magma", vmin=low, vmax=high, interpolation="nearest")
+            for masks, colour, style in (outlines or {}).get(label, ()):
+                contour(ax, np.asarray(masks[i]).reshape(a.shape), colour, style)
+            if above and label in above:
+                ax.set_title(above[label][i], fontsize=8)
+        for ax in line[len(flat) :]:
+            ax.axis("off")
+        if label in maps:
+            fig.colorbar(drawn, ax=list(line), shrink=0.9, pad=0.01).ax.tick_params(labelsize=7)
+        line[0].set_ylabel(label, fontsize=8)
+    for ax, label in zip(axes[0], columns):
+        ax.set_title(label, fontsize=8)
+    annotate(fig, title, caption)
+    return fig
 
 
 def show(ax, image, title=""):
@@ -31,7 +119,12 @@ def contour(ax, mask, colour, style="solid"):
         ax.contour(mask, levels=[127.5], colors=colour, linestyles=style, linewidths=1.2)
 
 
-def save_mask_grid(path, images, true, sampled, dice, title, columns=8):
+def save_mask_grid(path, *args, **kwargs):
+    """mask_grid into a file."""
+    mask_grid(*args, **kwargs).savefig(path, dpi=110)
+
+
+def mask_grid(images, true, sampled, dice, title, columns=8):
     """X-ray, true mask, sampled mask and their difference for `columns` images, from the worst to the best DICE.
 
     images, true, sampled  (N, 1, H, W) uint8;  dice (N,), nan where both masks are empty
@@ -60,7 +153,7 @@ def save_mask_grid(path, images, true, sampled, dice, title, columns=8):
         "contours: true solid green, sampled dashed orange; difference: green missed, orange too much",
         fontsize=9,
     )
-    fig.savefig(path, dpi=110)
+    return fig
 
 
 def save_image_grid(path, images, title, columns=8):
