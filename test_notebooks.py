@@ -139,12 +139,18 @@ def test_lines_differ_in_more_than_colour():
 
 
 def test_a_picture_shows_itself_in_a_notebook():
-    """As a PNG of a browser's width, with its own colours and few bytes."""
-    fig = figures.image_rows({"a": [np.random.default_rng(0).integers(0, 256, (1, 64, 64), np.uint8)] * 4}, "")
-    png = fig._repr_png_()
-    image = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-    assert 400 < image.shape[1] < 1200 and len(png) < 100_000
-    assert image.min() == 0 and image.max() == 255 and np.ptp(image.astype(int), axis=2).max() < 10
+    """As a PNG of a browser's width and few bytes; grays within 4 levels of 255, black and white kept, colours kept."""
+    noise = np.random.default_rng(0).integers(0, 256, (1, 64, 64), np.uint8)
+    fig = figures.image_rows({"a": [noise] * 4, "b": [gray(0), gray(255), gray(100)]}, "")
+    drawn, png = io.BytesIO(), fig._repr_png_()
+    fig.savefig(drawn, dpi=90)
+    before, after = (np.asarray(Image.open(f).convert("RGB")).astype(int) for f in (drawn, io.BytesIO(png)))
+    assert 400 < after.shape[1] < 1200 and len(png) < len(drawn.getvalue()) / 2
+    assert np.abs(before - after).max() <= 4 and after.min() == 0 and after.max() == 255 and len(np.unique(after)) > 50
+    colours = figures.plot(dict(lines={"x": ([0, 1], [0, 1]), "y": ([0, 1], [1, 0])}), title="")
+    shown = np.asarray(Image.open(io.BytesIO(colours._repr_png_())).convert("RGB")).astype(int)
+    orange = [int(figures.LINES[1][0][k : k + 2], 16) for k in (1, 3, 5)]
+    assert (np.abs(shown - orange).max(2) < 20).any()
 
 
 def test_the_mask_grid_goes_from_the_worst_to_the_best():

@@ -5,6 +5,7 @@ solid and the sampled one dashed, so that a picture survives grey printing.
 """
 
 import io
+import textwrap
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,7 +28,12 @@ class Picture(Figure):
     def _repr_png_(self):
         drawn, small = io.BytesIO(), io.BytesIO()
         self.savefig(drawn, dpi=90)
-        picture = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # noise hardly compresses
+        picture = Image.open(drawn).convert("RGB")  # and then small, because noise hardly compresses: 64 grays, or 256 colours
+        red, green, blue = np.moveaxis(np.asarray(picture), 2, 0)
+        if (red == green).all() and (red == blue).all():
+            picture = Image.fromarray(red // 4 * 4 + red // 64)  # 0 stays black and 255 white
+        else:
+            picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE)
         picture.save(small, "png", optimize=True)
         return small.getvalue()
 
@@ -45,7 +51,7 @@ def plot(*panels, title, caption="", height=3.2):
     Each panel is a dict: lines {label: (x, y)}, and any of matplotlib's axis properties (xlabel, ylabel, title, xscale,
     yscale, xlim, ylim); style "line" (default), "points" or "both"; errors {label: half width}; marks {label: y}, level lines.
     """
-    fig, (axes,) = figure(1, len(panels), 4.6 * len(panels), height)
+    fig, (axes,) = figure(1, len(panels), 4.8 * len(panels), height)
     for ax, panel in zip(axes, panels):
         panel = dict(panel)
         lines, style = panel.pop("lines"), panel.pop("style", "line")
@@ -65,10 +71,11 @@ def plot(*panels, title, caption="", height=3.2):
 
 
 def annotate(fig, title, caption):
-    """The title above, and the caption below in smaller type."""
-    fig.suptitle(title, fontsize=10)
+    """The title above, and the caption below in smaller type, in lines as wide as the figure."""
+    width = fig.get_figwidth()
+    fig.suptitle(textwrap.fill(title, round(13 * width)), fontsize=10)
     if caption:
-        fig.supxlabel(caption, fontsize=8)
+        fig.supxlabel(textwrap.fill(caption, round(16 * width)), fontsize=8)
 
 
 def image_rows(rows, title, caption="", columns=(), size=1.25, outlines=None, maps=(), above=None):
