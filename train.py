@@ -142,6 +142,7 @@ PRESETS = {
             attention_levels=(3,),
             head_channels=16,
             growth=8,
+            ddim_steps=50 if task == "synthesis" else 5,
             eval_images=64,
         )
         for task in TASKS
