@@ -102,6 +102,21 @@ def test_the_numbers_of_the_results_table_are_those_of_results():
     assert set(results) == {name for name, _ in rows}
 
 
+def test_the_table_of_passes_repeats_the_evaluations_of_results():
+    """Each row `| [name](results/name.json) | 1 pass | 5 | 10 | 50 |`: the file's evaluations of the last step, same images."""
+    table = README.split("| run | 1 pass | 5 | 10 | 50 |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| \[.*\]\(results/([\w-]+\.json)\) \|(.*)\|$", table, re.M)
+    assert len(rows) >= 5
+    for name, numbers in rows:
+        result = published()[name]
+        same = {"step": result["evaluation"]["step"], "eval_images": result["config"]["eval_images"], "ensemble": 1}
+        found = {}
+        for e in result["evaluations"]:
+            if {"step": e["step"], "eval_images": e["protocol"]["eval_images"], "ensemble": e["protocol"]["ensemble"]} == same:
+                found[e["protocol"]["ddim_steps"]] = f"{e['Val']['DICE index']:.4f}"
+        assert [number.strip() for number in numbers.split("|")] == [found[steps] for steps in (1, 5, 10, 50)], name
+
+
 def test_nothing_is_left_to_fill_in():
     """No placeholder."""
     assert not re.search(r"@[A-Z]+@|TODO|FIXME", README)

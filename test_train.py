@@ -159,6 +159,7 @@ REFUSALS = [
     ("--task lung --lr inf", "--lr must be above 0 and finite, got inf"),
     (f"--task lung --seed {2**64}", f"--seed must be below 2^63, got {2**64}"),
     ("--task lung --classes Covid", "--classes must be some of COVID-19, Non-COVID, Normal, got Covid"),
+    ("--task infection --classes Normal", "--classes needs COVID-19 for --task infection: the masks of the others are blank, got Normal"),
     ("--task lung --data /no/such/folder", "/no/such/folder"),
     ("--task lung --device quantum", "--device must be cuda, mps or cpu, got quantum"),
     ("--task lung --device meta", "--device must be cuda, mps or cpu, got meta"),
@@ -466,12 +467,13 @@ def test_a_resumed_run_is_an_uninterrupted_run_bit_for_bit(go, monkeypatch, word
     assert json.dumps(evaluations(whole)) == json.dumps(evaluations(folder)) and len(evaluations(whole)) == 3
 
 
-def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_made_up_for(go, monkeypatch, no_pictures):
+@pytest.mark.parametrize("sig", train.STOP_SIGNALS[1:])
+def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_made_up_for(go, monkeypatch, no_pictures, sig):
     """Stopped inside the evaluation of step 2: saved at step 2, and --resume evaluates step 2 first."""
     sample = train.sample_masks
 
     def interrupted(*args, **kwargs):
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(sig)
         return sample(*args, **kwargs)
 
     monkeypatch.setattr(train, "sample_masks", interrupted)
@@ -677,6 +679,11 @@ def test_a_damaged_checkpoint_is_refused_by_name(go, capsys, no_pictures):
     state["config"]["channels"] = 8
     torch.save(state, folder / "best.pt")
     with pytest.raises(train.UserError, match="best.pt: its weights do not fit its configuration"):
+        train.load_run(folder / "best.pt")
+    state["config"]["channels"] = 4
+    next(iter(state["ema"].values()))[0] = math.nan
+    torch.save(state, folder / "best.pt")
+    with pytest.raises(train.UserError, match="best.pt: a weight is not finite"):
         train.load_run(folder / "best.pt")
 
 

@@ -78,7 +78,7 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM arrived; the run is to be saved and left."""
+    """One of STOP_SIGNALS arrived; the run is to be saved and left."""
 
 
 # ------------------------------------------------------------------------------------- configuration
@@ -241,6 +241,8 @@ def check(cfg):
         raise UserError(f"--ddim-steps must be at most T = {cfg.T}, got {cfg.ddim_steps}")
     if set(cfg.classes) - set(data.CLASSES):
         raise UserError(f"--classes must be some of {', '.join(data.CLASSES)}, got {', '.join(cfg.classes)}")
+    if cfg.task == "infection" and "COVID-19" not in cfg.classes:
+        raise UserError(f"--classes needs COVID-19 for --task infection: the masks of the others are blank, got {', '.join(cfg.classes)}")
 
 
 def choose_device(name=None):
@@ -434,6 +436,8 @@ def load_run(path, device="cpu"):
         model.load_state_dict(c["ema"])
     except (KeyError, RuntimeError) as e:
         raise UserError(f"{path}: its weights do not fit its configuration") from e
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{path}: a weight is not finite; train.py never saves such a model")
     return model.requires_grad_(False).eval(), c["config"], c["step"]
 
 
@@ -669,13 +673,16 @@ def say(*words):
 # ------------------------------------------------------------------------------------- the run
 
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+
+
 class StopSignals(contextlib.AbstractContextManager):
-    """Within it, the first SIGINT or SIGTERM is noted in `asked`; a second one acts at once."""
+    """Within it, the first of STOP_SIGNALS is noted in `asked`; a second one acts at once."""
 
     asked = None
 
     def __enter__(self):
-        self.before = {sig: signal.signal(sig, self.note) for sig in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {sig: signal.signal(sig, self.note) for sig in STOP_SIGNALS}
         return self
 
     def note(self, sig, frame):
