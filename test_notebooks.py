@@ -163,3 +163,16 @@ def test_the_mask_grid_goes_from_the_worst_to_the_best():
     difference = grid[3, 0].images[0].get_array()
     colour = lambda row: "#" + "".join(f"{int(c):02x}" for c in difference[row, 0])
     assert colour(2) == figures.TRUE and colour(4) == figures.SAMPLED and colour(3) == "#c8c8c8" and colour(0) == "#ffffff"
+
+
+def test_the_curves_are_the_losses_and_the_evaluations_of_one_protocol():
+    """Numbers in their places; an evaluation with other passes at the same step belongs to another curve."""
+    scores = lambda v: {"pooled": {"DICE index": v, "Sensitivity": v / 2, "Precision": v / 4}}
+    evaluation = lambda step, passes, v: {"step": step, "protocol": {"ddim_steps": passes}, "Val": scores(v), "Train": scores(v / 8)}
+    lines = [{"step": k, "loss": 1 / k, "lr": 0.1} for k in (1, 2, 3)]
+    fig = figures.curves([*lines, evaluation(2, 5, 0.4), evaluation(3, 50, 0.8), evaluation(3, 5, 0.6)], "runs/x")
+    left, right = fig.axes
+    assert left.lines[0].get_xydata().tolist() == [[1, 1], [2, 1 / 2], [3, 1 / 3]]
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in right.lines}
+    assert drawn["validation DICE index"] == [[2, 0.4], [3, 0.6]] and drawn["train DICE index"] == [[2, 0.05], [3, 0.075]]
+    assert drawn["validation Sensitivity"] == [[2, 0.2], [3, 0.3]] and drawn["validation Precision"] == [[2, 0.1], [3, 0.15]]

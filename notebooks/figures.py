@@ -175,10 +175,16 @@ def save_image_grid(path, images, title, columns=8):
     fig.savefig(path, dpi=110)
 
 
-def save_curves(path, lines, title):
-    """Training loss and the metrics of every evaluation against the gradient step; `lines` as in log.jsonl."""
+def save_curves(path, *args):
+    """curves into a file."""
+    curves(*args).savefig(path, dpi=110)
+
+
+def curves(lines, title):
+    """Training loss and the metrics of the evaluations, those under the last one's protocol; `lines` as in log.jsonl."""
     losses = [(line["step"], line["loss"]) for line in lines if "lr" in line]
     evaluations = [line for line in lines if "Val" in line]
+    evaluations = [line for line in evaluations if line.get("protocol") == evaluations[-1].get("protocol")]
     fig, ((left, right),) = figure(1, 2, 9, 3.4)
     left.semilogy(*np.array(losses).T, color="0.25", linewidth=1)
     left.set(xlabel="gradient step", ylabel="training loss", title="loss")
@@ -198,7 +204,7 @@ def save_curves(path, lines, title):
     for ax in (left, right):
         ax.grid(alpha=0.3)
     fig.suptitle(title, fontsize=10)
-    fig.savefig(path, dpi=110)
+    return fig
 
 
 def save_overlay(path, image, mask, title, true=None):
