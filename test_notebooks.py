@@ -173,6 +173,7 @@ def test_the_curves_are_the_losses_and_the_evaluations_of_one_protocol():
     fig = figures.curves([*lines, evaluation(2, 5, 0.4), evaluation(3, 50, 0.8), evaluation(3, 5, 0.6)], "runs/x")
     left, right = fig.axes
     assert left.lines[0].get_xydata().tolist() == [[1, 1], [2, 1 / 2], [3, 1 / 3]]
+    assert left.get_xlim() == right.get_xlim()
     drawn = {line.get_label(): line.get_xydata().tolist() for line in right.lines}
     assert drawn["validation DICE index"] == [[2, 0.4], [3, 0.6]] and drawn["train DICE index"] == [[2, 0.05], [3, 0.075]]
     assert drawn["validation Sensitivity"] == [[2, 0.2], [3, 0.3]] and drawn["validation Precision"] == [[2, 0.1], [3, 0.15]]

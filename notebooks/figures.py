@@ -200,6 +200,7 @@ def curves(lines, title):
             right.plot(steps, [e["Val"][name] for e in evaluations], style, label=name)
         right.set(title="samples against held-out images", ylabel="Fréchet distance", ylim=(0, None))
     right.set_xlabel("gradient step")
+    right.set_xlim(left.get_xlim())
     right.legend(fontsize=8)
     for ax in (left, right):
         ax.grid(alpha=0.3)
