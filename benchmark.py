@@ -1,0 +1,386 @@
+r"""What a user waits and pays for, measured in one run on this machine, as medians of interleaved rounds.
+
+    python benchmark.py                         the small preset where there is no NVIDIA GPU, the report's where there is
+    python benchmark.py --peers                 beside the nearest equal networks of diffusers, MONAI and denoising-diffusion-pytorch,
+                                                where they are installed
+    python benchmark.py --scaling               time against batch, image size and channels, with the exponent
+    python benchmark.py --out results/cpu.json  keep the numbers, with hardware and commit
+
+The training step is Trainer.train_step and the sampler is train.sample_masks: what train.py and sample.py call, not copies.
+Their arithmetic is counted on the network itself (flops_of) and divided by what this machine reaches at a plain matrix
+product in the same number format, so that "share" says how far from the ceiling a step is. Seconds depend on what else the
+machine is doing; the ratios of one run do not, because its jobs take turns.
+"""
+
+import os
+
+if __name__ == "__main__":  # as train.py
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import dataclasses
+import gc
+import importlib.util
+import json
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import train
+import unet
+
+# ------------------------------------------------------------------------------------- measuring
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(jobs, device, rounds=5, warm=1):
+    """Median seconds of each job: {name: callable} -> {name: seconds}. Every round runs each job once, one after the other."""
+    seconds = {name: [] for name in jobs}
+    for k in range(-warm, rounds):
+        for name, job in jobs.items():
+            synchronise(device)
+            start = time.perf_counter()
+            job()
+            synchronise(device)
+            if k >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def flops_of(model, *args):
+    """Floating-point operations of one forward pass on these arguments: twice its multiply-accumulates.
+
+    torch counts convolutions and linear layers. The softmax attention of §3.2, which it sees or not depending on the device,
+    is counted here: Q K^T and (...) V take 2 * 2 * N^2 * C for N positions and C channels. Cross-attention is not counted.
+    """
+    attention, hooks = [], []
+    count = lambda layer, given, out: attention.append(4 * out.shape[0] * out.shape[2:].numel() ** 2 * out.shape[1])
+    for layer in model.modules():
+        if isinstance(layer, unet.LinearAttention):
+            hooks.append(layer.register_forward_hook(count))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*args)
+    for hook in hooks:
+        hook.remove()
+    seen = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op) and "bmm" not in str(op))
+    return seen + sum(attention)
+
+
+def machine_rates(device, dtype, rounds=5):
+    """What the machine reaches: matrix product and 3x3 convolution in FLOP/s, copy in bytes/s (read and written)."""
+    n, (B, C, S), size = (8192, (512, 192, 64), 2**30) if device.type == "cuda" else (2048, (16, 64, 64), 2**26)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    x = torch.randn(B, C, S, S, device=device, dtype=dtype)
+    w = torch.randn(C, C, 3, 3, device=device, dtype=dtype)
+    block = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(block)
+    jobs = {"matrix product": lambda: a @ b, "convolution": lambda: F.conv2d(x, w, padding=1), "copy": lambda: target.copy_(block)}
+    with torch.inference_mode():
+        seconds = interleaved(jobs, device, rounds, warm=2)
+    work = {"matrix product": 2 * n**3, "convolution": 2 * 9 * C * C * B * S * S, "copy": 2 * size}
+    return {name: work[name] / seconds[name] for name in jobs}
+
+
+def peak_memory(work, *args):
+    """Peak memory in bytes of work(*args) in a process of its own: resident on the CPU, allocated on a GPU."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (work, *args))
+
+
+def _peak(work, *args):
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads:
+        torch.set_num_threads(int(threads))
+    work(*args)
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    kilobytes = [line.split()[1] for line in train.lines_of("/proc/self/status") if line.startswith("VmHWM")]
+    return int(kilobytes[0]) * 1024 if kilobytes else resident_peak()
+
+
+def resident_peak():
+    """Where there is no /proc. On Linux this would not do: a child inherits it from its parent."""
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ------------------------------------------------------------------------------------- our jobs
+
+
+def random_split(cfg, n):
+    """n X-rays and masks of noise, uint8 on the CPU: speed does not depend on what they show."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, 1, cfg.image_size, cfg.image_size), generator=g, dtype=torch.uint8)
+    return images, (images > 127) * torch.tensor(255, dtype=torch.uint8)
+
+
+def training_job(cfg, device):
+    """One call is one step of train.py."""
+    trainer = train.Trainer(cfg, device)
+    images, masks = (a.to(device) for a in random_split(cfg, 2 * cfg.batch_size))
+    masks = None if cfg.task == "synthesis" else masks
+    return lambda: trainer.train_step(images, masks)
+
+
+def sampling_job(cfg, device, n):
+    """One call samples n masks (or X-rays) as an evaluation does."""
+    model = train.build_model(cfg).to(device).requires_grad_(False).eval()
+    if cfg.task == "synthesis":
+        return lambda: train.sample_images(model, cfg, range(n), device)
+    y = data.to_float(random_split(cfg, n)[0]).to(device)
+    return lambda: train.sample_masks(model, cfg, y, range(n), device=device)
+
+
+def decoding_rate(folder, n=120):
+    """X-rays with masks a second, 256x256 PNG to 64x64 arrays, without a cache; and from it."""
+    data.write_phantoms(folder, "Lung Segmentation Data", {split: {"Normal": k} for split, k in (("Train", n), ("Val", 4), ("Test", 4))})
+    read = lambda: data.load(folder, "lung", "Train", cache=folder / "cache")
+    start = time.perf_counter()
+    read()
+    decoded = time.perf_counter() - start
+    cached = interleaved({"cache": read}, torch.device("cpu"))["cache"]
+    return n / decoded, n / cached
+
+
+def start_up(folder, cfg, device):
+    """Seconds from the command to the end of the first training step and a checkpoint, Python and torch included."""
+    words = ["--task", "lung", "--preset", cfg.preset, "--data", folder, "--out", folder / "run", "--steps", "1", "--device", device.type]
+    words += ["--eval-images", "2", "--ddim-steps", "1", "--channels", str(cfg.channels), "--batch-size", str(min(cfg.batch_size, 16))]
+    start = time.perf_counter()
+    subprocess.run([sys.executable, Path(train.__file__), *map(str, words)], check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+# ------------------------------------------------------------------------------------- the nearest equal networks
+
+
+class Peer(torch.nn.Module):
+    """Another library's U-Net called like ours: model(xt, t, y). Unconditional; the parameters are its own defaults otherwise."""
+
+    def __init__(self, name, cfg):
+        super().__init__()
+        C = [cfg.channels * m for m in cfg.channel_mult]
+        groups = max(g for g in range(1, 33) if not cfg.channels % g and cfg.channels // g >= min(4, cfg.channels))
+        attends = [level in cfg.attention_levels for level in range(len(C))]
+        self.name = name
+        if name == "diffusers":
+            from diffusers import UNet2DModel
+
+            self.net = UNet2DModel(
+                cfg.image_size, 1, 1, layers_per_block=cfg.blocks, block_out_channels=C, norm_num_groups=groups,
+                attention_head_dim=cfg.head_channels,
+                down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+                up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+            )
+        elif name == "monai":
+            from monai.networks.nets import DiffusionModelUNet
+
+            self.net = DiffusionModelUNet(
+                2, 1, 1, num_res_blocks=cfg.blocks, channels=C, attention_levels=attends, norm_num_groups=groups,
+                num_head_channels=cfg.head_channels, resblock_updown=True,
+            )
+        else:
+            from denoising_diffusion_pytorch import Unet
+
+            self.net = Unet(
+                cfg.channels, dim_mults=cfg.channel_mult, channels=1, flash_attn=True, full_attn=tuple(attends),
+                attn_dim_head=cfg.head_channels, attn_heads=C[-1] // cfg.head_channels,
+            )
+
+    def forward(self, xt, t, y=None):
+        answer = self.net(xt, t)
+        return answer.sample if self.name == "diffusers" else answer
+
+    def embed(self, y):
+        return None
+
+    def denoise(self, xt, t, e):
+        return self.forward(xt, t)
+
+
+PEERS = {"diffusers": "diffusers", "monai": "monai", "denoising-diffusion-pytorch": "denoising_diffusion_pytorch"}
+
+
+def peer_training_job(name, cfg, device):
+    """The plain loop that their manuals teach: float32, MSE on the noise of Eq. (7), backward, AdamW. No averaged weights, no clipping."""
+    model, s = Peer(name, cfg).to(device), train.diffusion.linear_schedule(cfg.T)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr)
+    x0 = data.to_float(random_split(cfg, cfg.batch_size)[0]).to(device)
+
+    def step():
+        optimizer.zero_grad()
+        train.diffusion.l_simple(s, model, x0).backward()
+        optimizer.step()
+
+    return step
+
+
+def peer_sampling_job(name, cfg, device, n):
+    """Our sampler around their network, so that only the network differs."""
+    model = Peer(name, cfg).to(device).requires_grad_(False).eval()
+    plain = dataclasses.replace(cfg, precision="fp32")
+    return lambda: train.sample_images(model, plain, range(n), device)
+
+
+def run_steps(make, *args, steps=2):
+    job = make(*args)
+    for _ in range(steps):
+        job()
+
+
+# ------------------------------------------------------------------------------------- tables
+
+
+def measure(cfg, device, rounds, folder):
+    """What this machine does with this configuration: a flat dict of numbers with their units in their names."""
+    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    n = min(cfg.batch_size, 64)
+    with torch.device("meta"):
+        net = train.build_model(cfg).unet
+        forward = flops_of(net, torch.empty(1, net.in_channels, cfg.image_size, cfg.image_size), torch.ones(1, dtype=torch.long))
+    jobs = {"step": training_job(cfg, device), "sample": sampling_job(cfg, device, n)}
+    seconds = interleaved(jobs, device, rounds)
+    del jobs
+    gc.collect()
+    rates = machine_rates(device, dtype, rounds)
+    decoded, cached = decoding_rate(folder)
+    step_flops, sample_flops = 3 * forward * cfg.batch_size, forward * n * cfg.ddim_steps  # backward is twice forward
+    return {
+        "seconds a training step": seconds["step"],
+        "training images/s": cfg.batch_size / seconds["step"],
+        "training FLOP a step": step_flops,
+        "training share of matrix product": step_flops / seconds["step"] / rates["matrix product"],
+        "training share of convolution": step_flops / seconds["step"] / rates["convolution"],
+        f"sampling images/s, DDIM-{cfg.ddim_steps}": n / seconds["sample"],
+        "sampling share of matrix product": sample_flops / seconds["sample"] / rates["matrix product"],
+        "training peak memory, GB": peak_memory(run_steps, training_job, cfg, device) / 1e9,
+        "decoding pairs/s": decoded,
+        "cache pairs/s": cached,
+        "start to the end of the first step, s": start_up(folder, cfg, device),
+        "matrix product, GFLOP/s": rates["matrix product"] / 1e9,
+        "convolution, GFLOP/s": rates["convolution"] / 1e9,
+        "copy, GB/s": rates["copy"] / 1e9,
+    }
+
+
+def compare(cfg, device, rounds):
+    """Rows (name, parameters, step s, sampling s, peak bytes): ours with and without bf16, and the peers that are installed.
+
+    One unconditional network of one size; a training step of one batch, and DDIM-10 of 8 images.
+    """
+    cfg = dataclasses.replace(cfg, task="synthesis", cond=None, ddim_steps=10, target="eps")
+    ours = {f"here, {p}": dataclasses.replace(cfg, precision=p) for p in dict.fromkeys((cfg.precision, "fp32"))}
+    peers = [name for name, module in PEERS.items() if importlib.util.find_spec(module)]
+    steps = {name: training_job(c, device) for name, c in ours.items()} | {n: peer_training_job(n, cfg, device) for n in peers}
+    samples = {name: sampling_job(c, device, 8) for name, c in ours.items()} | {n: peer_sampling_job(n, cfg, device, 8) for n in peers}
+    step_s, sample_s = interleaved(steps, device, rounds), interleaved(samples, device, rounds)
+    count = lambda model: sum(p.numel() for p in model.parameters())
+    rows = []
+    for name in steps:
+        model = Peer(name, cfg) if name in peers else train.build_model(cfg)
+        job = (peer_training_job, name, cfg, device) if name in peers else (training_job, ours[name], device)
+        seconds = dict(step=step_s[name], sampling=sample_s[name])
+        rows.append(dict(network=name, parameters=count(model), **seconds, memory=peak_memory(run_steps, *job)))
+    return rows
+
+
+def scaling(cfg, device, rounds):
+    """{what: {value: seconds a step}} for batch, image size and channels, each doubled twice from half of the preset's."""
+    what = {
+        "batch_size": [cfg.batch_size // 2, cfg.batch_size, 2 * cfg.batch_size],
+        "image_size": [cfg.image_size // 2, cfg.image_size, 2 * cfg.image_size],
+        "channels": [cfg.channels, 2 * cfg.channels, 4 * cfg.channels],
+    }
+    seconds = {}
+    for name, values in what.items():
+        jobs = {value: training_job(dataclasses.replace(cfg, **{name: value}), device) for value in values}
+        seconds[name] = interleaved(jobs, device, rounds)
+        del jobs
+        gc.collect()
+    return seconds
+
+
+def exponent(seconds):
+    """Slope of log seconds on log value, {value: seconds}: 1 is linear."""
+    return float(np.polyfit(np.log(list(seconds)), np.log(list(seconds.values())), 1)[0])
+
+
+def tables(result):
+    """All that was measured, as Markdown."""
+    cfg = result["config"]
+    of = f"{cfg['task']}, preset {cfg['preset']}, {cfg['channels']} channels, batch {cfg['batch_size']}, {cfg['precision']}"
+    of += f"; {result['hardware']}, torch {result['torch']}, {result['commit']}"
+    lines = [f"| {of} | |", "|---|---|", *(f"| {name} | {value:,.4g} |" for name, value in result["measured"].items())]
+    if rows := result.get("peers"):
+        base = min((row for row in rows if not row["network"].startswith("here")), key=lambda row: row["step"], default=rows[0])
+        times = f"times as fast as {base['network']}"
+        lines += ["", f"| network | parameters | step, s | {times} | DDIM-10 of 8, s | {times} | peak, GB |", "|---" * 7 + "|"]
+        for row in rows:
+            ratios = f"{base['step'] / row['step']:.2f} | {row['sampling']:.3f} | {base['sampling'] / row['sampling']:.2f}"
+            lines.append(f"| {row['network']} | {row['parameters']:,} | {row['step']:.3f} | {ratios} | {row['memory'] / 1e9:.2f} |")
+    for name, seconds in result.get("scaling", {}).items():
+        seconds = {int(value): s for value, s in seconds.items()}
+        values = ", ".join(f"{value}: {s:.3f} s" for value, s in seconds.items())
+        lines += ["", f"A training step against {name}: {values}; exponent {exponent(seconds):.2f}"]
+    return "\n".join(lines)
+
+
+def parse(argv):
+    p = train.Parser(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--preset", choices=train.PRESETS, help="as train.py")
+    p.add_argument("--peers", action="store_true", help="measure the installed peers too")
+    p.add_argument("--scaling", action="store_true", help="measure against batch, image size and channels")
+    p.add_argument("--channels", type=int, metavar="N", help="width of the first level")
+    p.add_argument("--batch-size", type=int, metavar="N", help="images a step")
+    p.add_argument("--ddim-steps", type=int, metavar="N", default=50, help="passes a sample; default 50, the report's")
+    p.add_argument("--precision", choices=("bf16", "fp32"), help="as train.py")
+    p.add_argument("--rounds", type=int, metavar="N", default=5, help="every job runs this often; the median counts")
+    p.add_argument("--device", help="as train.py")
+    p.add_argument("--out", metavar="FILE", help="write the numbers there, as JSON")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        device = train.choose_device(args.device)
+        given = {k: getattr(args, k) for k in ("preset", "channels", "batch_size", "ddim_steps", "precision")}
+        words = [word for k, v in given.items() if v is not None for word in ("--" + k.replace("_", "-"), str(v))]
+        cfg = train.configure(train.parse(["--task", "lung", *words]), device)
+        train.describe(cfg)  # refuses what cannot be built
+        if args.rounds < 1:
+            raise train.UserError(f"--rounds must be at least 1, got {args.rounds}")
+        cfg = dataclasses.replace(cfg, steps=10**6)
+        with tempfile.TemporaryDirectory() as folder:
+            result = {"measured": measure(cfg, device, args.rounds, Path(folder))}
+        if args.peers:
+            result["peers"] = compare(cfg, device, args.rounds)
+        if args.scaling:
+            result["scaling"] = scaling(cfg, device, args.rounds)
+    except (train.UserError, OSError) as e:
+        print(f"benchmark.py: error: {e}", file=sys.stderr)
+        return 2
+    result |= {"config": dataclasses.asdict(cfg), **train.provenance(device)}
+    print(tables(result))
+    if args.out:
+        train.write_whole(Path(args.out), lambda f: f.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

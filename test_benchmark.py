@@ -1,0 +1,128 @@
+"""What the benchmark counts and calls; how fast this machine is, is no test."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import benchmark
+import train
+import unet
+
+CPU = torch.device("cpu")
+TINY = "--preset small --channels 4 --batch-size 2 --rounds 1 --ddim-steps 1 --precision fp32 --device cpu".split()
+
+
+def config(**settings):
+    args = train.parse("--task lung --preset small --channels 4 --image-size 16 --batch-size 4 --steps 10 --precision fp32".split())
+    return dataclasses.replace(train.configure(args, CPU), **settings)
+
+
+@pytest.mark.parametrize("in_channels, macs", [(1, 85_688_549_376), (16, 85_794_717_696), (17, 85_801_795_584)])
+def test_sec32_the_reports_network_takes_the_published_number_of_multiply_accumulates(in_channels, macs):
+    """Counted on the meta device, one image of 64x64."""
+    with torch.device("meta"):
+        count = benchmark.flops_of(unet.UNet(in_channels), torch.empty(1, in_channels, 64, 64), torch.ones(1, dtype=torch.long))
+    assert count == 2 * macs
+
+
+def test_the_count_does_not_depend_on_the_device_and_grows_with_the_batch():
+    """On the CPU, where torch hides the fused attention, as on meta; and no hook is left behind."""
+    arguments = lambda n, device: (torch.zeros(n, 17, 16, 16, device=device), torch.ones(n, dtype=torch.long, device=device))
+    net = train.build_model(config()).unet
+    with torch.device("meta"):
+        same = train.build_model(config()).unet
+    one = benchmark.flops_of(net, *arguments(1, "cpu"))
+    assert one == benchmark.flops_of(same, *arguments(1, "meta")) and benchmark.flops_of(net, *arguments(3, "cpu")) == 3 * one
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_jobs_take_turns_and_the_median_counts(monkeypatch):
+    """Rounds of a, b, a, b; the warm-up is not counted, and one slow round does not move the median."""
+    calls, now = [], [0.0]
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+
+    def job(name, *seconds):
+        durations = iter(seconds)
+
+        def run():
+            calls.append(name)
+            now[0] += next(durations)
+
+        return run
+
+    seconds = benchmark.interleaved({"a": job("a", 90, 1, 2, 70), "b": job("b", 80, 5, 6, 4)}, CPU, rounds=3)
+    assert seconds == {"a": 2, "b": 5} and calls == ["a", "b"] * 4
+
+
+def test_the_training_job_is_the_step_of_train_py(monkeypatch):
+    """Each call moves one Trainer by one step; the sampling job calls sample_masks with the passes asked for."""
+    steps, masks = [], []
+    monkeypatch.setattr(train.Trainer, "train_step", lambda self, images, masks: steps.append((self.cfg, images.shape, masks.shape)))
+    cfg = config()
+    job = benchmark.training_job(cfg, CPU)
+    job(), job()
+    assert steps == [(cfg, (8, 1, 16, 16), (8, 1, 16, 16))] * 2
+    monkeypatch.setattr(train, "sample_masks", lambda model, cfg, y, index, **_: masks.append((cfg.ddim_steps, y.shape, len(index))))
+    benchmark.sampling_job(config(ddim_steps=7), CPU, 3)()
+    assert masks == [(7, (3, 1, 16, 16), 3)]
+
+
+def test_the_exponent_of_a_power_law_is_its_power():
+    """t = 3 n^2."""
+    assert benchmark.exponent({n: 3 * n**2 for n in (1, 2, 4, 8)}) == pytest.approx(2)
+
+
+def test_rates_are_work_over_time(monkeypatch):
+    """With every job at 2 s: two operations a multiply-accumulate, bytes read and written."""
+    monkeypatch.setattr(benchmark, "interleaved", lambda jobs, *_, **__: dict.fromkeys(jobs, 2.0))
+    rates = benchmark.machine_rates(CPU, torch.float32)
+    assert rates == {"matrix product": 2048**3, "convolution": 9 * 64 * 64 * 16 * 64 * 64, "copy": 2**26}
+
+
+def test_peak_memory_is_that_of_the_work_alone():
+    """A process that holds 200 MB more reports 200 MB more."""
+    held = torch.ones(100_000_000)  # of the parent, and not the child's
+    small, large = benchmark.peak_memory(torch.ones, 10), benchmark.peak_memory(torch.ones, 50_000_000)
+    assert large - small == pytest.approx(200e6, rel=0.1) and small < held.nbytes + 100e6
+
+
+def test_the_command_prints_its_table_and_writes_its_numbers(monkeypatch, tmp_path, capsys):
+    """All measurements at the smallest size; shares and rates are consistent with the seconds they come from."""
+    monkeypatch.setattr(benchmark, "peak_memory", lambda *_: 5e8)
+    monkeypatch.setattr(benchmark, "machine_rates", lambda *_: {"matrix product": 1e12, "convolution": 5e11, "copy": 1e10})
+    monkeypatch.setattr(benchmark, "start_up", lambda *_: 4.0)
+    monkeypatch.setattr(benchmark, "decoding_rate", lambda *_: (400.0, 9000.0))
+    assert benchmark.main([*TINY, "--out", str(tmp_path / "b.json")]) == 0
+    result = json.loads((tmp_path / "b.json").read_text())
+    m = result["measured"]
+    assert m["training images/s"] == pytest.approx(2 / m["seconds a training step"])
+    assert m["training share of matrix product"] == pytest.approx(m["training FLOP a step"] / m["seconds a training step"] / 1e12)
+    assert m["training share of convolution"] == pytest.approx(2 * m["training share of matrix product"])
+    assert {"commit", "hardware", "torch", "config"} <= result.keys()
+    out = capsys.readouterr().out
+    assert all(f"| {name} |" in out for name in m)
+
+
+REFUSALS = [("--rounds 0", "--rounds must be at least 1, got 0"), ("--channels 6", "head_channels must divide")]
+
+
+@pytest.mark.parametrize("words, message", REFUSALS)
+def test_bad_input_gets_one_line_and_exit_status_2(words, message, capsys):
+    """As train.py."""
+    assert benchmark.main([*TINY, *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("benchmark.py: error: ")
+
+
+@pytest.mark.parametrize("name", benchmark.PEERS)
+def test_a_peer_takes_our_images_and_has_nearly_our_parameters(name):
+    """Where it is installed: the same shapes, and a number of parameters within a factor of two of ours."""
+    pytest.importorskip(benchmark.PEERS[name])
+    cfg = config(task="synthesis", cond=None, channels=16, image_size=32)
+    peer, ours = benchmark.Peer(name, cfg), train.build_model(cfg)
+    x, t = torch.randn(2, 1, 32, 32), torch.tensor([1, 1000])
+    assert peer(x, t).shape == ours(x, t).shape
+    count = lambda model: sum(p.numel() for p in model.parameters())
+    assert 0.5 < count(peer) / count(ours) < 2
