@@ -14,12 +14,14 @@ x_0, y            to_float(...)   (N, 1, S, S) float32 in [-1, 1], masks -1 outs
 Nothing is repaired and nothing is skipped: a file that breaks a rule stops the load with one line that names it.
 """
 
+import contextlib
 import hashlib
 import io
 import math
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 import zlib
@@ -694,6 +696,16 @@ def _write_one(folder, kind, index, seed, size, infections):
         Image.fromarray(pixels).save(folder / part / NAMES[kind].format(index))
 
 
+@contextlib.contextmanager
+def cancelling(pool):
+    """An error or Ctrl-C within it cancels the pool's work that has not begun."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
 def write_phantoms(root, tree, counts, seed=0, size=256, progress=None):
     """Write a set of phantoms in the layout of COVID-QU-Ex; its path <root>/<tree> appears when it is complete.
 
@@ -711,7 +723,8 @@ def write_phantoms(root, tree, counts, seed=0, size=256, progress=None):
     partial = root / f".{tree}.{os.getpid()}"
     jobs = [(partial / tree / split / kind, kind) for split in counts for kind, n in counts[split].items() for _ in range(n)]
     try:
-        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is this process's affair
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), **quiet) as pool, cancelling(pool):
             writing = [pool.submit(_write_one, *job, i, seed, size, tree.startswith("Infection")) for i, job in enumerate(jobs, 1)]
             for done, future in enumerate(as_completed(writing), 1):
                 future.result()

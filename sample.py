@@ -174,6 +174,7 @@ def segment(model, cfg, small, args, device, out, title):
                 save_gray(Path(f"{name}-mean.png"), share)
                 save_gray(Path(f"{name}-disagreement.png"), data.to_uint8(2 * spread - 1))
             overlay = {"image": xray, "mask": inside, "title": f"{name.name}\n{title}", "true": true}
+            overlay |= {"what": f"mean of {cfg.ensemble} masks"} if cfg.ensemble > 1 else {}
             train.write_whole(Path(f"{name}-overlay.png"), functools.partial(figures.save_overlay, **overlay))
             if args.masks:
                 counts.append(metrics.confusion(inside[None], true[None]))

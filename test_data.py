@@ -743,3 +743,21 @@ def test_each_task_gets_phantoms_of_its_own(tmp_path, monkeypatch):
     for task in ("lung", "synthesis", "infection", "lung"):
         data.ensure_phantoms(task)
     assert drawn == [(data.TREES["lung"], 0), (data.TREES["infection"], 1)]
+
+
+def test_ctrl_c_while_phantoms_are_drawn_cancels_what_has_not_begun_and_leaves_nothing(tmp_path, monkeypatch):
+    """The pool is told to cancel; the tree does not appear, and neither does a half-written one."""
+    told = []
+
+    class Pool(data.ProcessPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            told.append(cancel_futures)
+            super().shutdown(wait, cancel_futures=cancel_futures)
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "ProcessPoolExecutor", Pool)
+    with pytest.raises(KeyboardInterrupt):
+        data.write_phantoms(tmp_path, "Lung Segmentation Data", {"Train": {"Normal": 50}}, size=16, progress=interrupt)
+    assert told[0] is True and [p.name for p in tmp_path.iterdir()] == [data.PHANTOMS_NOTE]

@@ -170,10 +170,12 @@ def test_the_curves_are_the_losses_and_the_evaluations_of_one_protocol():
     scores = lambda v: {"pooled": {"DICE index": v, "Sensitivity": v / 2, "Precision": v / 4}}
     evaluation = lambda step, passes, v: {"step": step, "protocol": {"ddim_steps": passes}, "Val": scores(v), "Train": scores(v / 8)}
     lines = [{"step": k, "loss": 1 / k, "lr": 0.1} for k in (1, 2, 3)]
-    fig = figures.curves([*lines, evaluation(2, 5, 0.4), evaluation(3, 50, 0.8), evaluation(3, 5, 0.6)], "runs/x")
+    fig = figures.curves([*lines, evaluation(2, 5, 0.4), evaluation(3, 5, 0.6), evaluation(3, 50, 0.8)], "runs/x")
     left, right = fig.axes
     assert left.lines[0].get_xydata().tolist() == [[1, 1], [2, 1 / 2], [3, 1 / 3]]
-    assert left.get_xlim() == right.get_xlim()
+    assert left.get_xlim() == right.get_xlim() and right.get_title().endswith(", 5 passes")
+    later = figures.curves([*lines, evaluation(3, 5, 0.6), evaluation(3, 50, 0.8)], "runs/x")  # as many of each: the last one's
+    assert later.axes[1].get_title().endswith(", 50 passes")
     drawn = {line.get_label(): line.get_xydata().tolist() for line in right.lines}
     assert drawn["validation DICE index"] == [[2, 0.4], [3, 0.6]] and drawn["train DICE index"] == [[2, 0.05], [3, 0.075]]
     assert drawn["validation Sensitivity"] == [[2, 0.2], [3, 0.3]] and drawn["validation Precision"] == [[2, 0.1], [3, 0.15]]

@@ -144,10 +144,10 @@ def test_xrays_of_one_pixel_a_side_and_empty_masks_are_no_special_case(mirror, c
 
 
 @pytest.mark.parametrize("cond", ["none", "concat", "add", "cross"])
-def test_the_mask_is_the_one_that_train_evaluates(tmp_path, call, cond):
-    run = write_run(tmp_path / "run", config(cond=cond, ensemble=2, task="infection"))
+def test_the_mask_is_the_one_that_train_evaluates(tmp_path, call, cond, overlays):
+    run = write_run(tmp_path / "run", config(cond=cond, ensemble=2, task="infection", classes=("COVID-19",)))
     paths = xrays(tmp_path / "in")
-    assert call(run, "--images", *paths)[0] == 0
+    assert call(run, "--images", *paths)[0] == 0 and overlays[-1]["what"] == "mean of 2 masks"
     model, cfg, _ = train.load_run(run)
     images = np.stack([read(p)[None] for p in paths])
     masks = train.segment(model, cfg, images, np.arange(3), torch.device("cpu"))

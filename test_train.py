@@ -138,6 +138,7 @@ def test_dry_run_prints_the_reports_network_and_starts_nothing(go, capsys, tmp_p
     """The parameter count of facts about §3.2 with 17 channels in, and no file."""
     assert train.main(["--task", "lung", "--preset", "report", "--dry-run", "--out", str(tmp_path / "x")]) == 0
     out = capsys.readouterr().out
+    assert "epochs           100" in out and " steps " not in out and "phantoms" not in out
     assert "217,887,553 parameters" in out and "batch_size       512" in out and "lr               0.003" in out
     assert not (tmp_path / "x").exists()
 
@@ -632,7 +633,7 @@ def test_a_finished_run_is_evaluated_anew_under_another_protocol_and_not_trained
 
 
 def test_a_notebook_gets_the_finished_run_or_a_shorter_one_trained_here_and_the_next_time_found(root, tmp_path, monkeypatch, no_pictures):
-    """open_run: trains -short once, goes on with it after a stop, finds it again, and prefers the full run when there is one."""
+    """open_run: trains a -4-steps run once, goes on with it after a stop, finds it again, and prefers the full run when there is one."""
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     words, short = f"--task lung --data {root}", TINY.replace("--preset small", "")
@@ -641,14 +642,17 @@ def test_a_notebook_gets_the_finished_run_or_a_shorter_one_trained_here_and_the_
     monkeypatch.setattr(train.Trainer, "train_step", lambda self, *batch: begun.append(self.step) or step(self, *batch))
     stop = train.Run.evaluate
     monkeypatch.setattr(train.Run, "evaluate", lambda self, signals: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(train.Stopped, match="lung-concat-0-short was not trained to its end"):
+    with pytest.raises(train.Stopped, match="lung-concat-0-4-steps was not trained to its end"):
         train.open_run(words, short)
     monkeypatch.setattr(train.Run, "evaluate", stop)
     for _ in range(2):
         model, cfg, folder, label = train.open_run(words, short)
-        assert begun == [0, 1, 2, 3] and folder == Path("runs/lung-concat-0-short") and label == f"X-rays, {folder}, step 4"
-    assert train.main([*words.split(), *short.split(), "--seed", "0"]) == 0 and len(begun) == 8
-    assert train.open_run(words, short)[2] == Path("runs/lung-concat-0") and len(begun) == 8
+        assert begun == [0, 1, 2, 3] and folder == Path("runs/lung-concat-0-4-steps") and label == f"X-rays, {folder}, step 4"
+    assert train.main([*words.split(), *short.split(), "--steps", "3"]) == 0 and len(begun) == 7
+    assert train.open_run(words, short)[2] == folder and len(begun) == 7  # 3 steps are not the run of these words
+    assert train.main(["--resume", "runs/lung-concat-0", "--steps", "5"]) == 0
+    words += " --steps 5"
+    assert train.open_run(words, short)[2] == Path("runs/lung-concat-0") and len(begun) == 9
     expected = train.load_run("runs/lung-concat-0")[0].state_dict()
     for name, value in train.open_run(words, short)[0].state_dict().items():
         assert torch.equal(value, expected[name])

@@ -419,7 +419,7 @@ def read_checkpoint(path):
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"{path}: no checkpoint there")
+        raise UserError(f"{path}: no checkpoint there; python train.py --help shows how to train one")
     try:
         c = torch.load(path, map_location="cpu", weights_only=True)
         as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in c["config"].items()}
@@ -444,15 +444,21 @@ def load_run(path, device="cpu"):
 def open_run(words, otherwise, device="cpu"):
     """What the notebooks look at: the finished run of `python train.py WORDS`, or else a shorter one, trained here and now.
 
-    words      "--task lung --cond concat": its run is looked for in runs/ of the current folder
-    otherwise  "--steps 200": added to the words where there is none; that run is kept in runs/...-short, and found the next time
+    words      "--task lung --cond concat": its run is looked for in runs/ of the current folder; one of fewer steps does not count
+    otherwise  "--steps 200": added to the words where there is none; that run is kept in runs/...-200-steps, and found the next time
 
     Returns (model with the averaged weights, config, folder, label); the label says which data and which run.
     """
-    folder = Path("runs", name_of(configure(parse(words.split()), torch.device(device))))
-    if not (folder / "results.json").exists():
-        folder = folder.with_name(folder.name + "-short")
-    if not (folder / "results.json").exists():
+
+    def finished(folder, steps):
+        file = folder / "results.json"
+        return file.exists() and json.loads(file.read_text(encoding="utf-8"))["evaluation"]["step"] >= steps
+
+    full, short = (configure(parse(w.split()), torch.device(device)) for w in (words, f"{words} {otherwise}"))
+    folder = Path("runs", name_of(full))
+    if not finished(folder, full.steps):
+        folder = folder.with_name(f"{folder.name}-{short.steps}-steps")
+    if not finished(folder, short.steps):
         went_on = ["--resume", str(folder)] if (folder / "last.pt").exists() else [*words.split(), *otherwise.split(), "--out", str(folder)]
         if main([*went_on, "--device", str(device)]):
             raise Stopped(f"{folder} was not trained to its end")
@@ -848,9 +854,9 @@ def describe(cfg):
     except ValueError as e:
         raise UserError(f"--channels {cfg.channels}, --image-size {cfg.image_size}: {e}") from e
     count = lambda module: sum(p.numel() for p in module.parameters())
-    lines = [f"  {name:17}{value}" for name, value in dataclasses.asdict(cfg).items() if value != ""]
-    if not cfg.steps:
-        lines = [line.replace("steps            0", "steps            as many as the epochs take") for line in lines]
+    unsaid = {"epochs"} if cfg.steps else {"steps"}  # one says the other; and where the images are, once that is known
+    unsaid |= set() if cfg.data else {"data", "phantoms"}
+    lines = [f"  {name:17}{value}" for name, value in dataclasses.asdict(cfg).items() if name not in unsaid]
     lines.append(f"  U-Net            {count(model.unet):,} parameters")
     if model.embedder is not None:
         lines.append(f"  embedder         {count(model.embedder):,} parameters")
@@ -867,7 +873,9 @@ def prepare(args, device):
     if not args.resume:
         cfg = configure(args, device)
         folder = Path(args.out or Path("runs", name_of(cfg)))
-        if (folder / "last.pt").exists():
+        if args.data is not None:
+            data.locate(args.data, cfg.task)  # refuses a folder that holds no data, before anything else is complained about
+        if (folder / "last.pt").exists() and not args.dry_run:
             raise UserError(f"{folder} holds a run already; go on with --resume {folder}, or choose another --out")
         return cfg, folder, None
     given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
@@ -959,7 +967,7 @@ def main(argv=None):
         print(f"train.py: stopped: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before or after the training; within it, StopSignals saves
-        print("\ntrain.py: stopped; a checkpoint written before is whole", file=sys.stderr)
+        print("\ntrain.py: stopped; what was written before is whole", file=sys.stderr)
         return 130
     except RuntimeError as e:
         if not out_of_memory(e):

@@ -88,6 +88,8 @@ def image_rows(rows, title, caption="", columns=(), size=1.25, outlines=None, ma
     """
     width = max(len(row) for row in rows.values())
     fig, axes = figure(len(rows), width, size * width + 1.2, size * len(rows) * (1.12 if above else 1) + 0.75)
+    if maps:
+        fig.get_layout_engine().set(w_pad=0.12)  # inches: room for the numbers of the colour bars
     for line, (label, row) in zip(axes, rows.items()):
         flat = [None if a is None else np.asarray(a).reshape(np.shape(a)[-2:]) for a in row]
         if label in maps:
@@ -181,10 +183,13 @@ def save_curves(path, *args):
 
 
 def curves(lines, title):
-    """Training loss and the metrics of the evaluations, those under the last one's protocol; `lines` as in log.jsonl."""
+    """Training loss and the metrics of the evaluations under one protocol, that of most of them; `lines` as in log.jsonl."""
     losses = [(line["step"], line["loss"]) for line in lines if "lr" in line]
     evaluations = [line for line in lines if "Val" in line]
-    evaluations = [line for line in evaluations if line.get("protocol") == evaluations[-1].get("protocol")]
+    protocols = [line.get("protocol") for line in evaluations]
+    most = max(protocols, key=lambda protocol: (protocols.count(protocol), protocol == protocols[-1]), default=None)
+    evaluations = [line for line in evaluations if line.get("protocol") == most]
+    passes = f", {most['ddim_steps']} passes" if most else ""
     fig, ((left, right),) = figure(1, 2, 9, 3.4)
     left.semilogy(*np.array(losses).T, color="0.25", linewidth=1)
     left.set(xlabel="gradient step", ylabel="training loss", title="loss")
@@ -193,12 +198,12 @@ def curves(lines, title):
         for name, style in (("DICE index", "o-"), ("Sensitivity", "^:"), ("Precision", "v:")):
             right.plot(steps, [e["Val"]["pooled"][name] for e in evaluations], style, label=f"validation {name}")
         right.plot(steps, [e["Train"]["pooled"]["DICE index"] for e in evaluations], "s--", color="0.5", label="train DICE index")
-        right.set(title="metrics, pooled over all pixels", ylabel="score")
+        right.set(title=f"metrics, pooled over all pixels{passes}", ylabel="score")
     else:
         names = ("Fréchet distance", "Fréchet distance of two held-out halves")
         for name, style in zip(names, ("o-", "--")):
             right.plot(steps, [e["Val"][name] for e in evaluations], style, label=name)
-        right.set(title="samples against held-out images", ylabel="Fréchet distance", ylim=(0, None))
+        right.set(title=f"samples against held-out images{passes}", ylabel="Fréchet distance", ylim=(0, None))
     right.set_xlabel("gradient step")
     right.set_xlim(left.get_xlim())
     right.legend(fontsize=8)
@@ -208,7 +213,7 @@ def curves(lines, title):
     return fig
 
 
-def save_overlay(path, image, mask, title, true=None):
+def save_overlay(path, image, mask, title, true=None, what="sampled mask"):
     """The outline of a mask on an X-ray of any size, dashed, and of the true mask, if there is one, solid.
 
     image  (H, W) uint8;  mask, true  (H, W) bool
@@ -217,7 +222,7 @@ def save_overlay(path, image, mask, title, true=None):
     height = 7 * min(max(H / W, 0.3), 3)  # inches; a strip of pixels still gets a picture
     fig, ((ax,),) = figure(1, 1, 7, height + 0.6)
     show(ax, image)
-    drawn = [("sampled mask, dashed orange", mask, SAMPLED, "dashed")]
+    drawn = [(f"{what}, dashed orange", mask, SAMPLED, "dashed")]
     if true is not None:
         drawn.insert(0, ("true mask, solid green", true, TRUE, "solid"))
     for _, outline, colour, style in drawn:
