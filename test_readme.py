@@ -19,7 +19,7 @@ def commands(script):
     return sorted({call.split("#")[0].strip() for call in calls if call.startswith(f"python {script} ")})
 
 
-@pytest.mark.parametrize("symbol", sorted(set(re.findall(r"`((?:diffusion|unet|rrdb|metrics|data|train|sample)\.\w+)`", README))))
+@pytest.mark.parametrize("symbol", sorted(set(re.findall(r"`((?:diffusion|unet|rrdb|metrics|data|train|sample|benchmark)\.\w+)`", README))))
 def test_every_symbol_exists(symbol):
     """`module.name` in the README can be imported."""
     module, name = symbol.split(".")
@@ -115,6 +115,22 @@ def test_the_table_of_passes_repeats_the_evaluations_of_results():
             if {"step": e["step"], "eval_images": e["protocol"]["eval_images"], "ensemble": e["protocol"]["ensemble"]} == same:
                 found[e["protocol"]["ddim_steps"]] = f"{e['Val']['DICE index']:.4f}"
         assert [number.strip() for number in numbers.split("|")] == [found[steps] for steps in (1, 5, 10, 50)], name
+
+
+def test_the_tables_of_speed_are_what_benchmark_py_printed():
+    """Each JSON of results/speed/ as the script's own tables, word for word."""
+    files = sorted((ROOT / "results" / "speed").glob("*.json"))
+    assert files
+    for file in files:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        assert importlib.import_module("benchmark").tables(result) in README, file.name
+        assert {"commit", "hardware", "torch", "config"} <= result.keys()
+
+
+@pytest.mark.parametrize("command", commands("benchmark.py"))
+def test_every_benchmark_command_is_accepted(command):
+    """benchmark.py parses it."""
+    importlib.import_module("benchmark").parse(shlex.split(command)[2:])
 
 
 def test_nothing_is_left_to_fill_in():
