@@ -149,7 +149,7 @@ def sampling_job(cfg, device, n):
 def decoding_rate(folder, n=120):
     """X-rays with masks a second, 256x256 PNG to 64x64 arrays, without a cache; and from it."""
     data.write_phantoms(folder, "Lung Segmentation Data", {split: {"Normal": k} for split, k in (("Train", n), ("Val", 4), ("Test", 4))})
-    read = lambda: data.load(folder, "lung", "Train", cache=folder / "cache")
+    read = lambda: data.load(folder, "lung", "Train", ("Normal",), cache=folder / "cache")
     start = time.perf_counter()
     read()
     decoded = time.perf_counter() - start
@@ -159,7 +159,8 @@ def decoding_rate(folder, n=120):
 
 def start_up(folder, cfg, device):
     """Seconds from the command to the end of the first training step and a checkpoint, Python and torch included."""
-    words = ["--task", "lung", "--preset", cfg.preset, "--data", folder, "--out", folder / "run", "--steps", "1", "--device", device.type]
+    words = ["--task", "lung", "--classes", "Normal", "--preset", cfg.preset]
+    words += ["--data", folder, "--out", folder / "run", "--steps", "1", "--device", device.type]
     words += ["--eval-images", "2", "--ddim-steps", "1", "--channels", str(cfg.channels), "--batch-size", str(min(cfg.batch_size, 16))]
     start = time.perf_counter()
     subprocess.run([sys.executable, Path(train.__file__), *map(str, words)], check=True, capture_output=True)
@@ -372,7 +373,7 @@ def main(argv=None):
             result["peers"] = compare(cfg, device, args.rounds)
         if args.scaling:
             result["scaling"] = scaling(cfg, device, args.rounds)
-    except (train.UserError, OSError) as e:
+    except (train.UserError, data.DataError, OSError) as e:
         print(f"benchmark.py: error: {e}", file=sys.stderr)
         return 2
     result |= {"config": dataclasses.asdict(cfg), **train.provenance(device)}

@@ -88,6 +88,14 @@ def test_peak_memory_is_that_of_the_work_alone():
     assert large - small == pytest.approx(200e6, rel=0.1) and small < held.nbytes + 100e6
 
 
+def test_decoding_and_start_up_work_on_phantoms_of_their_own(tmp_path):
+    """They read what they drew; the run that start_up times has taken its step and has a checkpoint."""
+    decoded, cached = benchmark.decoding_rate(tmp_path, 4)
+    assert decoded > 0 and cached > 0
+    assert benchmark.start_up(tmp_path, config(channels=4), CPU) > 0
+    assert train.load_run(tmp_path / "run")[2] == 1
+
+
 def test_the_command_prints_its_table_and_writes_its_numbers(monkeypatch, tmp_path, capsys):
     """All measurements at the smallest size; shares and rates are consistent with the seconds they come from."""
     monkeypatch.setattr(benchmark, "peak_memory", lambda *_: 5e8)
