@@ -702,7 +702,7 @@ def cancelling(pool):
     try:
         yield
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # and waits for the work that has begun
         raise
 
 
