@@ -102,9 +102,6 @@ def peak_memory(work, *args):
 
 
 def _peak(work, *args):
-    threads = os.environ.get("OMP_NUM_THREADS")
-    if threads:
-        torch.set_num_threads(int(threads))
     work(*args)
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()

@@ -95,11 +95,13 @@ def image_rows(rows, title, caption="", columns=(), size=1.25, outlines=None, ma
         if label in maps:
             low, high = min(a.min() for a in flat if a is not None), max(a.max() for a in flat if a is not None)
         for i, (ax, a) in enumerate(zip(line, flat)):
-            show(ax, np.full((1, 1), 255) if a is None else a)
             if a is None:
                 ax.axis("off")
-            elif label in maps:
-                drawn = ax.imshow(a, cmap="magma", vmin=low, vmax=high, interpolation="nearest")
+                continue
+            show(ax, a)
+            if label in maps:
+                drawn = ax.images[0]
+                drawn.set(cmap="magma", clim=(low, high))
             for masks, colour, style in (outlines or {}).get(label, ()):
                 contour(ax, np.asarray(masks[i]).reshape(a.shape), colour, style)
             if above and label in above:
