@@ -14,8 +14,8 @@ machine is doing; the ratios of one run do not, because its jobs take turns.
 
 import os
 
-if __name__ == "__main__":  # as train.py
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:  # as train.py
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 import argparse
 import dataclasses
@@ -136,7 +136,7 @@ def training_job(cfg, device):
 
 def sampling_job(cfg, device, n):
     """One call samples n masks (or X-rays) as an evaluation does."""
-    model = train.build_model(cfg).to(device).requires_grad_(False).eval()
+    model = train.laid_out(train.build_model(cfg).to(device).requires_grad_(False).eval(), device)
     if cfg.task == "synthesis":
         return lambda: train.sample_images(model, cfg, range(n), device)
     y = data.to_float(random_split(cfg, n)[0]).to(device)

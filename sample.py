@@ -24,8 +24,8 @@ finding about a patient may rest on them.
 
 import os
 
-if __name__ == "__main__":  # as in train.py: spinning OpenMP threads make a busy machine slow
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:  # as train.py
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 import argparse
 import dataclasses
