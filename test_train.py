@@ -20,6 +20,7 @@ import data
 import diffusion
 import metrics
 import train
+import unet
 from notebooks import figures
 
 ROOT = Path(__file__).resolve().parent
@@ -232,13 +233,14 @@ def test_augmentation_changes_each_pair_of_a_step_by_the_seed_and_the_step_alone
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and not torch.equal(a[0], seen[0][0])
 
 
-def test_the_gradient_does_not_depend_on_the_micro_batch():
-    """Pieces of 1, 3 and all of 4 images: the same mean gradient, to float64 rounding."""
+def test_the_gradient_does_not_depend_on_the_micro_batch_nor_on_recomputation():
+    """Pieces of 1, 3 and all of 4 images, and blocks computed again: the same mean gradient, to float64 rounding."""
     gradients = []
     x0, y = data.to_float(split(4).masks).double(), data.to_float(split(4).images).double()
-    for micro_batch in (1, 3, 4):
+    for micro_batch, recompute in ((1, False), (3, False), (4, False), (3, True)):
         cfg = config(micro_batch=micro_batch)
         trainer = train.Trainer(cfg, CPU)
+        trainer.model.unet.recompute = recompute
         shake(trainer.model.double())
         for _ in range(2):  # the second call starts from nothing, as every step does
             trainer.gradient(x0, y, *train.draws(cfg, 1, x0))
@@ -246,6 +248,66 @@ def test_the_gradient_does_not_depend_on_the_micro_batch():
     assert gradients[0].norm() > 0.1
     for g in gradients[1:]:
         torch.testing.assert_close(g, gradients[0], rtol=1e-9, atol=1e-12)
+
+
+def test_sec32_blocks_computed_again_keep_their_inputs_and_nothing_else():
+    """The report's network at an eighth of its width: what enters each block by §3.2's table, and three maps of the head."""
+    enter = {
+        64: [192, 192, 192, 576, 384, 384, 3 * 192],
+        32: [192, 384, 384, 960, 768, 576],
+        16: [384, 576, 576, 1344, 1152, 960],
+        8: [576, 768, 768, 1536, 1536, 1344],
+    }
+    cfg = dataclasses.replace(config(task="synthesis", cond=None), image_size=64)
+    model = unet.ConditionalUNet(None, channels=24, head_channels=8)
+    model.unet.recompute = True
+    numbers = sum(side**2 * sum(channels) // 8 for side, channels in enter.items())
+    assert train.kept_for_backward(model, cfg, CPU) == pytest.approx(4 * (numbers + 64 * 64), rel=1e-3)  # and x_t, for the first convolution
+
+
+@pytest.mark.parametrize(
+    "free, n, chosen",
+    [
+        (120e9, 512, (512, False)),  # 512 * 1.4 * 150 MB = 107.5 GB
+        (107e9, 512, (256, False)),  # a little less: two pieces of the same size
+        (20e9, 512, (86, False)),  # 95 fit: 6 pieces
+        (3.4e9, 512, (16, False)),
+        (3.3e9, 512, (74, True)),  # fewer than 16 fit; at 30 MB an image 78 do: 7 pieces
+        (3.3e9, 8, (8, False)),  # all of them are few
+        (1e6, 512, (1, True)),
+        (-1e9, 512, (1, True)),
+    ],
+)
+def test_as_few_pieces_as_the_memory_holds_and_recomputation_where_few_images_fit(free, n, chosen):
+    """150 MB an image, 30 MB with blocks computed again; 1.4 times that on the way."""
+    assert train.pieces_that_fit(n, free, 150e6, 30e6) == chosen
+
+
+def test_the_memory_decides_unless_told_and_says_so(monkeypatch):
+    """Room for three images without recomputation; a given micro-batch stays; where nothing is known, the whole batch."""
+    trainer = train.Trainer(config(), CPU)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    kept = train.kept_for_backward(trainer.model, trainer.cfg, CPU)
+    monkeypatch.setattr(train, "FEW", 2)
+    monkeypatch.setattr(train, "free_memory", lambda device: (12 * parameters + 3.1 * 1.4 * kept) / 0.9)
+    assert trainer.fit_memory().startswith("2 of 4 images a forward pass") and not trainer.model.unet.recompute
+    monkeypatch.setattr(train, "free_memory", lambda device: (12 * parameters + 1.9 * 1.4 * kept) / 0.9)
+    assert "blocks computed again" in trainer.fit_memory() and trainer.model.unet.recompute
+    trainer = train.Trainer(config(micro_batch=3), CPU)
+    assert trainer.fit_memory().startswith("3 of 4") and trainer.micro_batch == 3 and trainer.model.unet.recompute
+    monkeypatch.setattr(train, "free_memory", lambda device: None)
+    trainer = train.Trainer(config(), CPU)
+    assert "cannot be told" in trainer.fit_memory() and trainer.micro_batch == 4
+
+
+def test_free_memory_is_that_of_the_machine(monkeypatch, tmp_path):
+    """MemAvailable of /proc/meminfo in kB, shared by the processes of this machine; nothing where there is no such file."""
+    monkeypatch.setattr(train, "lines_of", lambda path: ["MemTotal:  9 kB", "MemAvailable:  4 kB"])
+    assert train.free_memory(CPU) == 4096
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert train.free_memory(CPU) == 1024
+    monkeypatch.setattr(train, "lines_of", lambda path: [])
+    assert train.free_memory(CPU) is None
 
 
 def shake(model):
@@ -416,13 +478,110 @@ def test_an_ensemble_is_the_mean_of_its_members_and_the_first_member_is_the_sing
     torch.testing.assert_close(train.sample_masks(model, cfg, y, [0, 1, 2])[:, 0], members[:, 0], atol=1e-4, rtol=0)
 
 
+def test_channels_last_changes_a_mask_by_rounding_alone():
+    """The layout that sampling uses on a CPU, and the model as it was trained; the trained one stays as it is."""
+    cfg, tiny = config(ddim_steps=3), split(3)
+    model = train.build_model(cfg)
+    shake(model)
+    model.requires_grad_(False)
+    copy, y = train.laid_out(model, CPU), data.to_float(tiny.images)
+    assert copy.unet.stem.weight.is_contiguous(memory_format=torch.channels_last) and model.unet.stem.weight.is_contiguous()
+    plain, fast = (train.sample_masks(m, cfg, y, [0, 1, 2]) for m in (model, copy))
+    assert plain.std() > 0.1
+    torch.testing.assert_close(fast, plain, atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------- several processes
+
+
+def torchrun(n, script, words, folder):
+    """Run a script on n processes of one thread, in `folder`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), str(script), *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+SHARED = f"--task lung {TINY} --batch-size 7 --steps 10 --eval-every 5 --eval-images 9 --lr-decay none"
+
+
+def without_time(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def test_three_processes_learn_and_measure_what_one_does_and_one_goes_on_from_two(root, tmp_path, go):
+    """Batches of 7 images; ten steps and two evaluations: loss and weights agree to rounding, every metric exactly.
+
+    The run of two processes stops after six steps and is resumed by one. Each folder is whole, and written once.
+    """
+    status, one = go(SHARED, "one", f"--data {root} --out {tmp_path / 'one'}")
+    words = [*SHARED.split(), "--data", str(root), "--micro-batch", "2"]
+    three = torchrun(3, ROOT / "train.py", [*words, "--out", "three"], tmp_path)
+    two = torchrun(2, ROOT / "train.py", [*words, "--out", "two", "--steps", "6"], tmp_path)
+    assert status == three.returncode == two.returncode == 0, three.stderr + two.stderr
+    assert train.main(["--resume", str(tmp_path / "two"), "--steps", "10", "--device", "cpu"]) == 0
+    expected, log = state_of(one), without_time(one)
+    for folder in (tmp_path / "three", tmp_path / "two"):
+        state = state_of(folder)
+        for kind in ("model", "ema"):
+            torch.testing.assert_close(dict(state[kind]), dict(expected[kind]), rtol=0, atol=1e-5)
+        lines = [line for line in without_time(folder) if line["step"] != 6 or "loss" in line]
+        assert [line for line in lines if "Val" in line] == [line for line in log if "Val" in line]
+        losses = [[line["loss"] for line in lines if "loss" in line] for lines in (lines, log)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6) and len(losses[0]) == 10
+    assert three.stdout.count("validation DICE") == 2 and "3 processes" in three.stdout and not list(tmp_path.glob("*/.*"))
+    facts = json.loads((tmp_path / "three" / "results.json").read_text())
+    assert facts["command"].startswith("torchrun --nproc-per-node 3 train.py") and facts["hardware"].endswith("3 processes")
+
+
+FAILS = """import os, sys
+sys.path.insert(0, {root!r})
+import train
+step = train.Trainer.train_step
+def planted(self, *split):
+    if self.step == 2 and os.environ["RANK"] == "1":
+        raise train.UserError("planted in the second process")
+    return step(self, *split)
+train.Trainer.train_step = planted
+sys.exit(train.main())
+"""
+
+
+def test_a_process_that_fails_ends_the_run_with_its_error(root, tmp_path):
+    """The other one does not wait for it, and what was saved before is whole."""
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS.format(root=str(ROOT)))
+    result = torchrun(2, script, [*SHARED.split(), "--data", str(root), "--out", "run"], tmp_path)
+    assert result.returncode == 1 and result.stderr.count("error: planted in the second process") == 1
+    assert state_of(tmp_path / "run")["step"] == 0
+
+
+def test_processes_stop_together_and_are_saved(root, tmp_path):
+    """Ctrl-C to torchrun: one checkpoint, at a step that all have taken; and the rule that every process needs an image."""
+    words = [*SHARED.split(), "--data", str(root), "--steps", "1000000", "--eval-every", "500000"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"), *words, "--out", "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+        log = tmp_path / "run" / "log.jsonl"
+        for _ in range(600):
+            if log.is_file() and log.read_text():
+                break
+            time.sleep(0.1)
+        p.send_signal(signal.SIGINT)
+        stdout, stderr = p.communicate(timeout=60)
+    step = state_of(tmp_path / "run")["step"]
+    assert step >= 1 and f"stopped and saved at step {step} of" in stdout and stdout.count("stopped and saved") == 1, stderr
+    few = torchrun(2, ROOT / "train.py", [*words, "--batch-size", "1", "--out", "other"], tmp_path)
+    assert "--batch-size must be at least the 2 processes, got 1" in few.stderr and not (tmp_path / "other").exists()
+
+
 # ------------------------------------------------------------------------------------- nothing is lost
 
 
 def state_of(folder):
     """The checkpoint, but for how long it took."""
     state = torch.load(folder / "last.pt", weights_only=True)
-    assert state.pop("minutes") >= 0 and state.pop("command").startswith("python train.py --task ")
+    assert state.pop("minutes") >= 0 and state.pop("command").startswith(("python train.py --task ", "torchrun "))
     return state
 
 

@@ -411,7 +411,7 @@ def pieces_that_fit(n, free, kept, kept_recomputed):
 
     As few pieces as fit. Computing blocks again costs a third more arithmetic, so only where not even FEW images fit without.
     """
-    kept, kept_recomputed = (1.3 * k for k in (kept, kept_recomputed))  # gradients and temporaries on the way
+    kept, kept_recomputed = (1.4 * k for k in (kept, kept_recomputed))  # gradients and temporaries on the way
     recompute = free < min(n, FEW) * kept
     fit = max(1, int(free // (kept_recomputed if recompute else kept)))
     return -(-n // -(-n // fit)), recompute
@@ -1140,7 +1140,8 @@ def main(argv=None):
     args = parse(argv)
     try:
         with joined():
-            return start(args, shlex.join(["python", "train.py", *argv]))
+            launcher = ["torchrun", "--nproc-per-node", str(world())] if world() > 1 else ["python"]
+            return start(args, shlex.join([*launcher, "train.py", *argv]))
     except (UserError, data.DataError, OSError) as e:
         print(f"train.py: error: {e}", file=sys.stderr)
         return 2
