@@ -3,7 +3,9 @@ r"""What a user waits and pays for, measured in one run on this machine, as medi
     python benchmark.py                         the small preset where there is no NVIDIA GPU, the report's where there is
     python benchmark.py --peers                 beside the nearest equal networks of diffusers, MONAI and denoising-diffusion-pytorch,
                                                 where they are installed
-    python benchmark.py --scaling               time against batch, image size and channels, with the exponent
+    python benchmark.py --gains                 what each choice of the step and of the sampler is worth: the time without it
+    python benchmark.py --scaling               time and memory against batch, image size, channels and number of images, with the exponent
+    python benchmark.py --decode 33920          decode so many 256x256 X-rays and masks, and read them from the cache
     python benchmark.py --out results/cpu.json  keep the numbers, with hardware and commit
 
 The training step is Trainer.train_step and the sampler is train.sample_masks: what train.py and sample.py call, not copies.
@@ -97,8 +99,19 @@ def machine_rates(device, dtype, rounds=5):
 
 def peak_memory(work, *args):
     """Peak memory in bytes of work(*args) in a process of its own: resident on the CPU, allocated on a GPU."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (work, *args))
+    return in_process_of_its_own(_peak, work, *args)
+
+
+def in_process_of_its_own(work, *args, environment=()):
+    """work(*args) in a fresh process, started with these environment variables beside its own."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(work, args)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _peak(work, *args):
@@ -131,27 +144,33 @@ def training_job(cfg, device):
     trainer = train.Trainer(cfg, device)
     images, masks = (a.to(device) for a in random_split(cfg, 2 * cfg.batch_size))
     masks = None if cfg.task == "synthesis" else masks
-    return lambda: trainer.train_step(images, masks)
+    job = lambda: trainer.train_step(images, masks)
+    job.trainer = trainer
+    return job
 
 
-def sampling_job(cfg, device, n):
-    """One call samples n masks (or X-rays) as an evaluation does."""
-    model = train.laid_out(train.build_model(cfg).to(device).requires_grad_(False).eval(), device)
+def sampling_job(cfg, device, n, model=None):
+    """One call samples n masks (or X-rays) as an evaluation does, by default with a fresh model laid out as there."""
+    model = model or train.laid_out(train.build_model(cfg).to(device).requires_grad_(False).eval(), device)
     if cfg.task == "synthesis":
         return lambda: train.sample_images(model, cfg, range(n), device)
     y = data.to_float(random_split(cfg, n)[0]).to(device)
     return lambda: train.sample_masks(model, cfg, y, range(n), device=device)
 
 
-def decoding_rate(folder, n=120):
-    """X-rays with masks a second, 256x256 PNG to 64x64 arrays, without a cache; and from it."""
-    data.write_phantoms(folder, "Lung Segmentation Data", {split: {"Normal": k} for split, k in (("Train", n), ("Val", 4), ("Test", 4))})
+def decoding_seconds(folder, n=120):
+    """Seconds for n X-rays with masks, 256x256 PNG to 64x64 arrays, without a cache; and from it. Phantoms; beyond 120 their files repeat."""
+    drawn = min(n, 120)  # their pictures are alike in size and detail
+    data.write_phantoms(folder, "Lung Segmentation Data", {split: {"Normal": k} for split, k in (("Train", drawn), ("Val", 4), ("Test", 4))})
+    files = {kind: sorted(kind.glob("*.png")) for kind in next(folder.glob("**/Train/Normal")).iterdir()}
+    for kind, pictures in files.items():
+        for i in range(drawn, n):
+            os.link(pictures[i % drawn], kind / f"again ({i}).png")
     read = lambda: data.load(folder, "lung", "Train", ("Normal",), cache=folder / "cache")
     start = time.perf_counter()
-    read()
+    assert len(read().images) == n
     decoded = time.perf_counter() - start
-    cached = interleaved({"cache": read}, torch.device("cpu"))["cache"]
-    return n / decoded, n / cached
+    return decoded, interleaved({"cache": read}, torch.device("cpu"))["cache"]
 
 
 def start_up(folder, cfg, device):
@@ -181,9 +200,9 @@ class Peer(torch.nn.Module):
 
             self.net = UNet2DModel(
                 cfg.image_size, 1, 1, layers_per_block=cfg.blocks, block_out_channels=C, norm_num_groups=groups,
-                attention_head_dim=cfg.head_channels,
-                down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-                up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+                attention_head_dim=cfg.head_channels, downsample_type="resnet", upsample_type="resnet",
+                down_block_types=["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends],
+                up_block_types=["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)],
             )
         elif name == "monai":
             from monai.networks.nets import DiffusionModelUNet
@@ -241,6 +260,87 @@ def run_steps(make, *args, steps=2):
         job()
 
 
+# ------------------------------------------------------------------------------------- what each choice is worth
+
+
+def gains(cfg, device, rounds):
+    """{choice: seconds of a training step, or of a sample, without it, over seconds with it}, in one run.
+
+    What is not chosen on this device, because it was not measured there or did not pay, is in the list too: below 1 means it would pay.
+    """
+    fused, n = unet.fused_attend, min(cfg.batch_size, 64)
+
+    def with_attention(function, job):
+        def run():
+            unet.fused_attend = function
+            job()
+            unet.fused_attend = fused
+
+        return run
+
+    def changed(change):
+        job = training_job(cfg, device)
+        change(job.trainer)
+        return job
+
+    def loop_of_adamw(trainer):
+        trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, foreach=False)
+
+    def channels_last(trainer):
+        trainer.model.to(memory_format=torch.channels_last)
+        trainer.ema.to(memory_format=torch.channels_last)
+
+    def compiled(trainer):
+        trainer.parallel = torch.compile(trainer.model)
+
+    def recomputed(trainer):
+        trainer.model.unet.recompute = True
+
+    other = dataclasses.replace(cfg, precision="fp32")
+    steps = {
+        "as it is": training_job(cfg, device),
+        "fused AdamW": changed(loop_of_adamw),
+        "attention fused only where positions are many": with_attention(F.scaled_dot_product_attention, training_job(cfg, device)),
+        "not channels last in training": changed(channels_last),
+        "blocks not computed again": changed(recomputed),
+        **({"bf16": training_job(other, device)} if cfg.precision == "bf16" else {}),
+        **({"no torch.compile": changed(compiled)} if device.type == "cuda" else {}),
+    }
+    plain = train.build_model(cfg).to(device).requires_grad_(False).eval()
+    samples = {
+        "as it is": sampling_job(cfg, device, n),
+        "channels last on a CPU": sampling_job(cfg, device, n, plain),
+        "X-ray embedded once a mask": sampling_job(cfg, device, n, EmbedsEveryPass(plain)),
+        **({"bf16": sampling_job(other, device, n)} if cfg.precision == "bf16" else {}),
+    }
+    found = {}
+    for kind, jobs in (("training", steps), ("sampling", samples)):
+        seconds = interleaved(jobs, device, rounds)
+        found |= {f"{kind}: {name}": s / seconds["as it is"] for name, s in seconds.items() if name != "as it is"}
+    if device.type == "cpu":
+        spinning = {"as it is": {}, "no": {"GOMP_SPINCOUNT": "0"}}
+        apart = {name: [] for name in spinning}
+        for _ in range(3):
+            for name, environment in spinning.items():
+                apart[name].append(in_process_of_its_own(step_seconds, cfg, device, environment=environment))
+        found["training: OpenMP threads spin a moment before they sleep"] = statistics.median(apart["no"]) / statistics.median(apart["as it is"])
+    return found
+
+
+class EmbedsEveryPass:
+    """A model that embeds y at every pass, as a sampler does that knows only model(xt, t, y)."""
+
+    def __init__(self, model):
+        self.model, self.embed = model, lambda y: y
+
+    def denoise(self, xt, t, y):
+        return self.model.denoise(xt, t, self.model.embed(y))
+
+
+def step_seconds(cfg, device, rounds=7):
+    return interleaved({"step": training_job(cfg, device)}, device, rounds, warm=2)["step"]
+
+
 # ------------------------------------------------------------------------------------- tables
 
 
@@ -256,7 +356,7 @@ def measure(cfg, device, rounds, folder):
     del jobs
     gc.collect()
     rates = machine_rates(device, dtype, rounds)
-    decoded, cached = decoding_rate(folder)
+    decoded, cached = decoding_seconds(folder)
     step_flops, sample_flops = 3 * forward * cfg.batch_size, forward * n * cfg.ddim_steps  # backward is twice forward
     return {
         "seconds a training step": seconds["step"],
@@ -267,8 +367,8 @@ def measure(cfg, device, rounds, folder):
         f"sampling images/s, DDIM-{cfg.ddim_steps}": n / seconds["sample"],
         "sampling share of matrix product": sample_flops / seconds["sample"] / rates["matrix product"],
         "training peak memory, GB": peak_memory(run_steps, training_job, cfg, device) / 1e9,
-        "decoding pairs/s": decoded,
-        "cache pairs/s": cached,
+        "decoding pairs/s": 120 / decoded,
+        "cache pairs/s": 120 / cached,
         "start to the end of the first step, s": start_up(folder, cfg, device),
         "matrix product, GFLOP/s": rates["matrix product"] / 1e9,
         "convolution, GFLOP/s": rates["convolution"] / 1e9,
@@ -297,20 +397,47 @@ def compare(cfg, device, rounds):
     return rows
 
 
-def scaling(cfg, device, rounds):
-    """{what: {value: seconds a step}} for batch, image size and channels, each doubled twice from half of the preset's."""
+def scaling(cfg, device, rounds, folder):
+    """{what: {value: [seconds, peak bytes]}}: a training step against batch, image size and channels, and data against images.
+
+    The network keeps attention at the level it has, so a larger image has more positions there.
+    """
     what = {
         "batch_size": [cfg.batch_size // 2, cfg.batch_size, 2 * cfg.batch_size],
         "image_size": [cfg.image_size // 2, cfg.image_size, 2 * cfg.image_size],
         "channels": [cfg.channels, 2 * cfg.channels, 4 * cfg.channels],
     }
-    seconds = {}
+    found = {}
     for name, values in what.items():
-        jobs = {value: training_job(dataclasses.replace(cfg, **{name: value}), device) for value in values}
-        seconds[name] = interleaved(jobs, device, rounds)
-        del jobs
+        configs = {value: dataclasses.replace(cfg, **{name: value}) for value in values}
+        seconds = interleaved({value: training_job(c, device) for value, c in configs.items()}, device, rounds)
         gc.collect()
-    return seconds
+        found[name] = {v: [seconds[v], peak_memory(run_steps, training_job, c, device)] for v, c in configs.items()}
+    small = dataclasses.replace(cfg, batch_size=16, channels=8, head_channels=8, image_size=32)
+    work = {
+        "images decoded": lambda n: decoding_seconds(Path(tempfile.mkdtemp(dir=folder)), n)[0],
+        "images in an epoch (8 channels, 32x32)": lambda n: epoch_seconds(small, device, n),
+    }
+    for name, of in work.items():
+        seconds = {n: [] for n in (320, 3200)}
+        for _ in range(3):
+            for n in seconds:
+                seconds[n].append(of(n))
+        found[name] = {n: [statistics.median(s), None] for n, s in seconds.items()}
+    return found
+
+
+def epoch_seconds(cfg, device, n):
+    """Seconds to train one epoch of n images, after a first step."""
+    trainer = train.Trainer(cfg, device)
+    images, masks = (a.to(device) for a in random_split(cfg, n))
+    trainer.train_step(images, masks)
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(n // cfg.batch_size):
+        trainer.train_step(images, masks)
+    synchronise(device)
+    return time.perf_counter() - start
 
 
 def exponent(seconds):
@@ -331,10 +458,17 @@ def tables(result):
         for row in rows:
             ratios = f"{base['step'] / row['step']:.2f} | {row['sampling']:.3f} | {base['sampling'] / row['sampling']:.2f}"
             lines.append(f"| {row['network']} | {row['parameters']:,} | {row['step']:.3f} | {ratios} | {row['memory'] / 1e9:.2f} |")
-    for name, seconds in result.get("scaling", {}).items():
-        seconds = {int(value): s for value, s in seconds.items()}
-        values = ", ".join(f"{value}: {s:.3f} s" for value, s in seconds.items())
-        lines += ["", f"A training step against {name}: {values}; exponent {exponent(seconds):.2f}"]
+    if found := result.get("gains"):
+        lines += ["", "| choice | time without it / with it |", "|---|---|", *(f"| {name} | {ratio:.2f} |" for name, ratio in found.items())]
+    if rows := result.get("scaling"):
+        lines += ["", "| against | seconds | exponent | peak, GB | exponent |", "|---|---|---|---|---|"]
+    for name, values in result.get("scaling", {}).items():
+        seconds, peaks = ({int(n): v[i] for n, v in values.items() if v[i]} for i in (0, 1))
+        cells = [name, ", ".join(f"{n}: {s:.3g}" for n, s in seconds.items()), f"{exponent(seconds):.2f}"]
+        cells += [", ".join(f"{n}: {b / 1e9:.2f}" for n, b in peaks.items()), f"{exponent(peaks):.2f}"] if peaks else ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    if decode := result.get("decode"):
+        lines += ["", f"{decode['images']:,} X-rays and masks decoded in {decode['decoded']:.1f} s, read from the cache in {decode['cached']:.2f} s"]
     return "\n".join(lines)
 
 
@@ -342,7 +476,9 @@ def parse(argv):
     p = train.Parser(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=train.PRESETS, help="as train.py")
     p.add_argument("--peers", action="store_true", help="measure the installed peers too")
-    p.add_argument("--scaling", action="store_true", help="measure against batch, image size and channels")
+    p.add_argument("--gains", action="store_true", help="measure each choice of the step and of the sampler")
+    p.add_argument("--scaling", action="store_true", help="measure against batch, image size, channels and number of images")
+    p.add_argument("--decode", type=int, metavar="N", help="measure decoding of N X-rays and masks")
     p.add_argument("--channels", type=int, metavar="N", help="width of the first level")
     p.add_argument("--batch-size", type=int, metavar="N", help="images a step")
     p.add_argument("--ddim-steps", type=int, metavar="N", default=50, help="passes a sample; default 50, the report's")
@@ -361,15 +497,22 @@ def main(argv=None):
         words = [word for k, v in given.items() if v is not None for word in ("--" + k.replace("_", "-"), str(v))]
         cfg = train.configure(train.parse(["--task", "lung", *words]), device)
         train.describe(cfg)  # refuses what cannot be built
-        if args.rounds < 1:
-            raise train.UserError(f"--rounds must be at least 1, got {args.rounds}")
+        for name in ("rounds", "decode"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
+                raise train.UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
         cfg = dataclasses.replace(cfg, steps=10**6)
         with tempfile.TemporaryDirectory() as folder:
             result = {"measured": measure(cfg, device, args.rounds, Path(folder))}
         if args.peers:
             result["peers"] = compare(cfg, device, args.rounds)
-        if args.scaling:
-            result["scaling"] = scaling(cfg, device, args.rounds)
+        if args.gains:
+            result["gains"] = gains(cfg, device, args.rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            if args.scaling:
+                result["scaling"] = scaling(cfg, device, args.rounds, Path(folder))
+            if args.decode:
+                decoded, cached = decoding_seconds(Path(folder, "many"), args.decode)
+                result["decode"] = dict(images=args.decode, decoded=decoded, cached=cached)
     except (train.UserError, data.DataError, OSError) as e:
         print(f"benchmark.py: error: {e}", file=sys.stderr)
         return 2
