@@ -183,6 +183,11 @@ def start_up(folder, cfg, device):
     return time.perf_counter() - start
 
 
+def decode_many(folder, n):
+    decoded, cached = decoding_seconds(folder, n)
+    return dict(images=n, decoded=decoded, cached=cached)
+
+
 # ------------------------------------------------------------------------------------- the nearest equal networks
 
 
@@ -268,13 +273,14 @@ def gains(cfg, device, rounds):
 
     What is not chosen on this device, because it was not measured there or did not pay, is in the list too: below 1 means it would pay.
     """
-    fused, n = unet.fused_attend, min(cfg.batch_size, 64)
+    n = min(cfg.batch_size, 64)
 
-    def with_attention(function, job):
+    def with_another(owner, name, function, job):
         def run():
-            unet.fused_attend = function
+            ours = getattr(owner, name)
+            setattr(owner, name, function)
             job()
-            unet.fused_attend = fused
+            setattr(owner, name, ours)
 
         return run
 
@@ -283,8 +289,9 @@ def gains(cfg, device, rounds):
         change(job.trainer)
         return job
 
-    def loop_of_adamw(trainer):
-        trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, foreach=False)
+    def other_adamw(trainer):
+        fused = device.type != "cuda"
+        trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
 
     def channels_last(trainer):
         trainer.model.to(memory_format=torch.channels_last)
@@ -299,17 +306,19 @@ def gains(cfg, device, rounds):
     other = dataclasses.replace(cfg, precision="fp32")
     steps = {
         "as it is": training_job(cfg, device),
-        "fused AdamW": changed(loop_of_adamw),
-        "attention fused only where positions are many": with_attention(F.scaled_dot_product_attention, training_job(cfg, device)),
-        "not channels last in training": changed(channels_last),
-        "blocks not computed again": changed(recomputed),
+        f"{'fused' if device.type == 'cuda' else 'unfused'} AdamW": changed(other_adamw),
+        "fused attention": with_another(F, "scaled_dot_product_attention", unet.attend, training_job(cfg, device)),
+        "contiguous images": changed(channels_last),
+        "no recomputation": changed(recomputed),
         **({"bf16": training_job(other, device)} if cfg.precision == "bf16" else {}),
-        **({"no torch.compile": changed(compiled)} if device.type == "cuda" else {}),
+        **({"eager mode, not torch.compile": changed(compiled)} if device.type == "cuda" else {}),
     }
     plain = train.build_model(cfg).to(device).requires_grad_(False).eval()
     samples = {
         "as it is": sampling_job(cfg, device, n),
         "channels last on a CPU": sampling_job(cfg, device, n, plain),
+        "GroupNorm of small images laid out anew": with_another(unet.GroupNorm, "forward", torch.nn.GroupNorm.forward, sampling_job(cfg, device, n)),
+        "fused attention": with_another(F, "scaled_dot_product_attention", unet.attend, sampling_job(cfg, device, n)),
         "X-ray embedded once a mask": sampling_job(cfg, device, n, EmbedsEveryPass(plain)),
         **({"bf16": sampling_job(other, device, n)} if cfg.precision == "bf16" else {}),
     }
@@ -502,17 +511,18 @@ def main(argv=None):
                 raise train.UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
         cfg = dataclasses.replace(cfg, steps=10**6)
         with tempfile.TemporaryDirectory() as folder:
-            result = {"measured": measure(cfg, device, args.rounds, Path(folder))}
-        if args.peers:
-            result["peers"] = compare(cfg, device, args.rounds)
-        if args.gains:
-            result["gains"] = gains(cfg, device, args.rounds)
-        with tempfile.TemporaryDirectory() as folder:
-            if args.scaling:
-                result["scaling"] = scaling(cfg, device, args.rounds, Path(folder))
-            if args.decode:
-                decoded, cached = decoding_seconds(Path(folder, "many"), args.decode)
-                result["decode"] = dict(images=args.decode, decoded=decoded, cached=cached)
+            parts = {
+                "measured": lambda: measure(cfg, device, args.rounds, Path(folder)),
+                "peers": lambda: compare(cfg, device, args.rounds),
+                "gains": lambda: gains(cfg, device, args.rounds),
+                "scaling": lambda: scaling(cfg, device, args.rounds, Path(folder)),
+                "decode": lambda: decode_many(Path(folder, "many"), args.decode),
+            }
+            asked = [name for name in parts if name == "measured" or getattr(args, name)]
+            progress, result = data.progress_line("measured, parts:"), {}
+            for done, name in enumerate(asked, 1):
+                result[name] = parts[name]()
+                progress(done, len(asked))
     except (train.UserError, data.DataError, OSError) as e:
         print(f"benchmark.py: error: {e}", file=sys.stderr)
         return 2

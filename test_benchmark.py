@@ -120,17 +120,17 @@ def test_gains_change_one_thing_each(monkeypatch):
     monkeypatch.setattr(benchmark, "interleaved", lambda jobs, *_: timed.update(jobs) or {name: 1.0 + i for i, name in enumerate(jobs)})
     monkeypatch.setattr(benchmark, "in_process_of_its_own", lambda work, *_, environment: steps.append(environment) or 5.0 + len(environment))
     found = benchmark.gains(config(ddim_steps=1), CPU, 1)
-    assert found["training: fused AdamW"] == 2 and found["sampling: X-ray embedded once a mask"] == 3
+    assert found["training: unfused AdamW"] == 2 and found["sampling: GroupNorm of small images laid out anew"] == 3
     assert found["training: OpenMP threads spin a moment before they sleep"] == 6 / 5 and steps == [{}, {"GOMP_SPINCOUNT": "0"}] * 3
-    assert timed["fused AdamW"].trainer.optimizer.defaults["fused"] is None
-    assert timed["blocks not computed again"].trainer.model.unet.recompute
-    seen = []
-    monkeypatch.setattr(benchmark.F, "scaled_dot_product_attention", lambda *a: seen.append(a) or a[2])
-    timed["not channels last in training"]()
+    assert timed["unfused AdamW"].trainer.optimizer.defaults["fused"] and not timed["no recomputation"].trainer.optimizer.defaults["fused"]
+    assert timed["no recomputation"].trainer.model.unet.recompute
+    formula, seen, fused = unet.attend, [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(unet, "attend", lambda *qkv: seen.append(1) or formula(*qkv))
+    benchmark.gains(config(ddim_steps=1), CPU, 1)
+    timed["no recomputation"]()
     assert not seen
-    fused = unet.fused_attend
-    timed["attention fused only where positions are many"]()
-    assert unet.fused_attend is fused
+    timed["fused attention"]()
+    assert seen and torch.nn.functional.scaled_dot_product_attention is fused
 
 
 def test_the_x_ray_is_embedded_at_every_pass_where_that_is_what_is_timed():
