@@ -50,13 +50,14 @@ def synchronise(device):
 
 
 def interleaved(jobs, device, rounds=5, warm=1):
-    """Median seconds of each job: {name: callable} -> {name: seconds}. Every round runs each job once, one after the other."""
-    seconds = {name: [] for name in jobs}
+    """Median seconds of each job: {name: callable} -> {name: seconds}. Every round runs each job once, and begins with another one."""
+    seconds, names = {name: [] for name in jobs}, list(jobs)
     for k in range(-warm, rounds):
-        for name, job in jobs.items():
+        first = k % len(names)
+        for name in names[first:] + names[:first]:
             synchronise(device)
             start = time.perf_counter()
-            job()
+            jobs[name]()
             synchronise(device)
             if k >= 0:
                 seconds[name].append(time.perf_counter() - start)
@@ -273,7 +274,7 @@ def gains(cfg, device, rounds):
 
     What is not chosen on this device, because it was not measured there or did not pay, is in the list too: below 1 means it would pay.
     """
-    n = min(cfg.batch_size, 64)
+    n, few = min(cfg.batch_size, 64), "attention of few positions by the plain formula on a CPU"
 
     def with_another(owner, name, function, job):
         def run():
@@ -289,9 +290,8 @@ def gains(cfg, device, rounds):
         change(job.trainer)
         return job
 
-    def other_adamw(trainer):
-        fused = device.type != "cuda"
-        trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+    def adamw_not_fused(trainer):
+        trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
 
     def channels_last(trainer):
         trainer.model.to(memory_format=torch.channels_last)
@@ -306,8 +306,8 @@ def gains(cfg, device, rounds):
     other = dataclasses.replace(cfg, precision="fp32")
     steps = {
         "as it is": training_job(cfg, device),
-        f"{'fused' if device.type == 'cuda' else 'unfused'} AdamW": changed(other_adamw),
-        "fused attention": with_another(F, "scaled_dot_product_attention", unet.attend, training_job(cfg, device)),
+        "fused AdamW": changed(adamw_not_fused),
+        few: with_another(unet, "fused_attend", F.scaled_dot_product_attention, training_job(cfg, device)),
         "contiguous images": changed(channels_last),
         "no recomputation": changed(recomputed),
         **({"bf16": training_job(other, device)} if cfg.precision == "bf16" else {}),
@@ -318,7 +318,7 @@ def gains(cfg, device, rounds):
         "as it is": sampling_job(cfg, device, n),
         "channels last on a CPU": sampling_job(cfg, device, n, plain),
         "GroupNorm of small images laid out anew": with_another(unet.GroupNorm, "forward", torch.nn.GroupNorm.forward, sampling_job(cfg, device, n)),
-        "fused attention": with_another(F, "scaled_dot_product_attention", unet.attend, sampling_job(cfg, device, n)),
+        few: with_another(unet, "fused_attend", F.scaled_dot_product_attention, sampling_job(cfg, device, n)),
         "X-ray embedded once a mask": sampling_job(cfg, device, n, EmbedsEveryPass(plain)),
         **({"bf16": sampling_job(other, device, n)} if cfg.precision == "bf16" else {}),
     }

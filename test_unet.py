@@ -177,11 +177,11 @@ def pieces_attended(q, k, v, D):
     return torch.from_numpy(out)
 
 
-@pytest.mark.parametrize("D", [4, 8, 24])
-def test_sec32_linear_attention_is_the_printed_formula(D):
-    """Norm, one-dimensional convolution to Q, K, V, pieces of D, the formula, out; + the input."""
+@pytest.mark.parametrize("D, H, W", [(4, 3, 5), (8, 3, 5), (24, 3, 5), (8, 9, 8)])
+def test_sec32_linear_attention_is_the_printed_formula(D, H, W):
+    """Norm, one-dimensional convolution to Q, K, V, pieces of D, the formula, out; + the input. For few positions and for many."""
     layer = awake(LinearAttention(24, D).double(), 0.5)
-    x = randn(2, 24, 3, 5, dtype=torch.float64)
+    x = randn(2, 24, H, W, dtype=torch.float64)
     q, k, v = torch.einsum("oc,bcn->bon", layer.qkv.weight[..., 0], layer.norm(x).flatten(2)).add(
         layer.qkv.bias[:, None]).split(24, 1)  # fmt: skip
     out = torch.einsum("oc,bcn->bon", layer.out.weight[..., 0], pieces_attended(q, k, v, D)) + layer.out.bias[:, None]
@@ -431,5 +431,5 @@ def test_sec32_attention_takes_a_fused_kernel_and_not_the_fallback(monkeypatch):
     """What LinearAttention hands to torch is laid out as its fused kernels demand: last stride 1."""
     seen, exact = [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v: seen.append((q, k, v)) or exact(q, k, v))
-    unet.LinearAttention(64, 32)(torch.randn(2, 64, 8, 8))
+    unet.LinearAttention(64, 32)(torch.randn(2, 64, 16, 16))
     assert all(z.stride(-1) == 1 for z in seen[0])

@@ -462,7 +462,7 @@ class Trainer:
         self.s = diffusion.linear_schedule(cfg.T)
         self.model = build_model(cfg).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if world() > 1 else self.model
         self.mine = np.array_split(np.arange(cfg.batch_size), world())[rank()]  # places in the batch whose gradient this process takes
         self.micro_batch = cfg.micro_batch or len(self.mine)
@@ -553,7 +553,7 @@ class Trainer:
         self.step = c["step"]
         self.model.load_state_dict(c["model"])
         self.ema.load_state_dict(c["ema"])
-        groups = [group | {"fused": self.device.type == "cuda"} for group in c["optimizer"]["param_groups"]]  # of this device
+        groups = [group | {"fused": True} for group in c["optimizer"]["param_groups"]]  # older runs have False
         self.optimizer.load_state_dict(c["optimizer"] | {"param_groups": groups})
 
 
