@@ -283,6 +283,18 @@ def test_as_few_pieces_as_the_memory_holds_and_recomputation_where_few_images_fi
     assert train.pieces_that_fit(n, free, 150e6, 30e6) == chosen
 
 
+@pytest.mark.parametrize("card, chosen", [(139e9, (256, False)), (24e9, (57, False)), (8e9, (37, True))])
+def test_the_reports_batch_fits_cards_of_three_sizes(card, chosen, monkeypatch):
+    """218.5 million parameters, twice on the card already (2.35 GB with the driver's own); 204 or 44 MB an image."""
+    trainer = train.Trainer(config(batch_size=512), CPU)
+    kept = {False: 97.237 * 2**30 / 512, True: 21.0025 * 2**30 / 512}  # measured on the report's network, bf16, concatenation
+    monkeypatch.setattr(train, "kept_for_backward", lambda model, cfg, device: kept[model.unet.recompute])
+    monkeypatch.setattr(train, "free_memory", lambda device: card - 2.35e9)
+    monkeypatch.setattr(trainer.model, "parameters", lambda: [torch.empty(218_500_000, device="meta")])
+    trainer.fit_memory()
+    assert (trainer.micro_batch, trainer.model.unet.recompute) == chosen
+
+
 def test_the_memory_decides_unless_told_and_says_so(monkeypatch):
     """Room for three images without recomputation; a given micro-batch stays; where nothing is known, the whole batch."""
     trainer = train.Trainer(config(), CPU)
