@@ -107,6 +107,8 @@ def in_process_of_its_own(work, *args, environment=()):
     """work(*args) in a fresh process, started with these environment variables beside its own."""
     before = dict(os.environ)
     os.environ.update(environment)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what this process holds and does not use
     try:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             return pool.apply(work, args)
@@ -143,6 +145,7 @@ def random_split(cfg, n):
 def training_job(cfg, device):
     """One call is one step of train.py."""
     trainer = train.Trainer(cfg, device)
+    trainer.fit_memory()
     images, masks = (a.to(device) for a in random_split(cfg, 2 * cfg.batch_size))
     masks = None if cfg.task == "synthesis" else masks
     job = lambda: trainer.train_step(images, masks)
@@ -215,7 +218,7 @@ class Peer(torch.nn.Module):
 
             self.net = DiffusionModelUNet(
                 2, 1, 1, num_res_blocks=cfg.blocks, channels=C, attention_levels=attends, norm_num_groups=groups,
-                num_head_channels=cfg.head_channels, resblock_updown=True,
+                num_head_channels=cfg.head_channels, resblock_updown=True, use_flash_attention=torch.cuda.is_available(),
             )
         else:
             from denoising_diffusion_pytorch import Unet
@@ -258,6 +261,18 @@ def peer_sampling_job(name, cfg, device, n):
     model = Peer(name, cfg).to(device).requires_grad_(False).eval()
     plain = dataclasses.replace(cfg, precision="fp32")
     return lambda: train.sample_images(model, plain, range(n), device)
+
+
+def fits(name, job):
+    """Whether the job finds the memory it needs; said where not."""
+    try:
+        job()
+    except RuntimeError as e:
+        if not train.out_of_memory(e):
+            raise
+        print(f"{name}: out of memory, left out", file=sys.stderr)
+        return False
+    return True
 
 
 def run_steps(make, *args, steps=2):
@@ -393,6 +408,7 @@ def compare(cfg, device, rounds):
     cfg = dataclasses.replace(cfg, task="synthesis", cond=None, ddim_steps=10, target="eps")
     ours = {f"here, {p}": dataclasses.replace(cfg, precision=p) for p in dict.fromkeys((cfg.precision, "fp32"))}
     peers = [name for name, module in PEERS.items() if importlib.util.find_spec(module)]
+    peers = [name for name in peers if fits(name, peer_training_job(name, cfg, device))]
     steps = {name: training_job(c, device) for name, c in ours.items()} | {n: peer_training_job(n, cfg, device) for n in peers}
     samples = {name: sampling_job(c, device, 8) for name, c in ours.items()} | {n: peer_sampling_job(n, cfg, device, 8) for n in peers}
     step_s, sample_s = interleaved(steps, device, rounds), interleaved(samples, device, rounds)
@@ -519,17 +535,17 @@ def main(argv=None):
                 "decode": lambda: decode_many(Path(folder, "many"), args.decode),
             }
             asked = [name for name in parts if name == "measured" or getattr(args, name)]
-            progress, result = data.progress_line("measured, parts:"), {}
+            progress, result = data.progress_line("measured, parts:"), {"config": dataclasses.asdict(cfg), **train.provenance(device)}
             for done, name in enumerate(asked, 1):
                 result[name] = parts[name]()
                 progress(done, len(asked))
+                if args.out:
+                    text = json.dumps(result, indent=1) + "\n"
+                    train.write_whole(Path(args.out), lambda f, text=text: f.write_text(text, encoding="utf-8"))
     except (train.UserError, data.DataError, OSError) as e:
         print(f"benchmark.py: error: {e}", file=sys.stderr)
         return 2
-    result |= {"config": dataclasses.asdict(cfg), **train.provenance(device)}
     print(tables(result))
-    if args.out:
-        train.write_whole(Path(args.out), lambda f: f.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
     return 0
 
 

@@ -167,6 +167,27 @@ def test_scaling_measures_time_and_memory_and_its_table_has_their_exponents(monk
     assert "| images decoded | 320: 3.2, 3200: 32 | 1.00 |  |  |" in table
 
 
+def test_a_peer_that_does_not_fit_is_left_out_and_said(capsys):
+    """Out of memory is an answer; another error is an error."""
+
+    def fails(words):
+        raise RuntimeError(words)
+
+    assert benchmark.fits("a", lambda: None) and not benchmark.fits("b", lambda: fails("CUDA out of memory"))
+    assert capsys.readouterr().err == "b: out of memory, left out\n"
+    with pytest.raises(RuntimeError, match="sizes differ"):
+        benchmark.fits("c", lambda: fails("sizes differ"))
+
+
+def test_what_was_measured_before_an_error_is_kept(monkeypatch, tmp_path):
+    """The file is written after every part."""
+    monkeypatch.setattr(benchmark, "measure", lambda *_: {"speed": 1.0})
+    monkeypatch.setattr(benchmark, "compare", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        benchmark.main([*TINY, "--peers", "--out", str(tmp_path / "b.json")])
+    assert json.loads((tmp_path / "b.json").read_text())["measured"] == {"speed": 1.0}
+
+
 def test_an_epoch_is_a_step_for_every_batch(monkeypatch):
     """After the one that warms up."""
     steps = []
