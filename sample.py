@@ -1,6 +1,7 @@
 r"""Use a trained run: draw X-rays from noise (§3), or find the masks of your own X-ray files (§4). Not for diagnosis.
 
     python sample.py runs/synthesis-0 -n 16                                  16 X-rays, and all of them in samples.png
+    python sample.py runs/synthesis-0 --sampler ode --ddim-steps 25          ... by another sampler of §2.1
     python sample.py runs/lung-concat-0 --images a.png b.png                 a mask and an overlay of each
     python sample.py runs/lung-concat-0 --images *.png --ensemble 9          ... and where 9 samples disagree
     python sample.py runs/infection-add-0/best.pt --images a.png --masks a-true.png     ... and the eight metrics (§4.3)
@@ -55,7 +56,8 @@ def parse(argv):
     p.add_argument("--images", nargs="+", metavar="FILE", help="X-rays to segment with a lung or infection run")
     p.add_argument("--masks", nargs="+", metavar="FILE", help="their true masks, in the same order, to score with")
     p.add_argument("--ensemble", type=int, metavar="N", help="masks sampled for an X-ray; default: the run's")
-    p.add_argument("--ddim-steps", type=int, metavar="N", help="passes of the network a sample; default: the run's")
+    p.add_argument("--sampler", choices=train.SAMPLERS, help="DDIM, DDPM, or those of §2.1: ode, sde, pc, langevin; default: the run's")
+    p.add_argument("--ddim-steps", type=int, metavar="N", help="passes of the network a sample, by any sampler but ddpm; default: the run's")
     p.add_argument("--seed", type=int, default=train.EVAL_SEED, help="of the noise; default %(default)s")
     p.add_argument("--out", metavar="DIR", help="folder to write to; default <RUN folder>/samples")
     p.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
@@ -84,7 +86,7 @@ def check_flags(args, task):
 
 def configure(args, cfg, device):
     """The run's settings with the flags given. bf16 where it is slow becomes fp32."""
-    changes = {"ddim_steps": args.ddim_steps, "ensemble": args.ensemble}
+    changes = {"sampler": args.sampler, "ddim_steps": args.ddim_steps, "ensemble": args.ensemble}
     cfg = dataclasses.replace(cfg, **{k: v for k, v in changes.items() if v is not None})
     train.check(cfg)
     return cfg if train.bf16_is_fast(device) else dataclasses.replace(cfg, precision="fp32")
@@ -136,7 +138,7 @@ def draw(model, cfg, N, seed, device, out, title):
     """N X-rays from noise, §3: sample-0000.png, ... and samples.png."""
     from notebooks import figures  # matplotlib takes a while to load
 
-    progress, shown = train.passes_line("drawing: passes", N * cfg.ddim_steps), []
+    progress, shown = train.passes_line("drawing: passes", N * train.passes_of(cfg)), []
     sample = lambda rows: train.sample_images(model, cfg, rows, device, progress, seed=seed)  # (B, 1, S, S)
     for rows, x0 in train.in_pieces(sample, np.arange(N), device):
         for i, gray in zip(rows, data.to_uint8(x0)):
@@ -156,7 +158,7 @@ def segment(model, cfg, small, args, device, out, title):
     from notebooks import figures
 
     N, counts = len(small), []
-    progress = train.passes_line("segmenting: passes", N * cfg.ensemble * cfg.ddim_steps)
+    progress = train.passes_line("segmenting: passes", N * cfg.ensemble * train.passes_of(cfg))
 
     def sample(rows):
         y = data.to_float(small[rows]).to(device)
@@ -212,14 +214,15 @@ def start(args):
     kind = "phantoms" if cfg.phantoms else "X-rays"
     title = f"{' '.join(filter(None, (cfg.task, cfg.cond)))}, trained on {kind}, step {step}"
     members = f", {cfg.ensemble} masks an X-ray" if segments else ""
-    say(f"{title}; {cfg.ddim_steps} DDIM steps, seed {args.seed}{members}, on {device}")
+    how = f"{cfg.ddim_steps} DDIM steps" if cfg.sampler == "ddim" else f"{train.passes_of(cfg)} passes, {cfg.sampler}"
+    say(f"{title}; {how}, seed {args.seed}{members}, on {device}")
     if cfg.phantoms:
         moral = "what it makes of a real X-ray means nothing" if segments else "what it draws are phantoms, not X-rays"
         say(f"This model was trained on phantoms, generated images: {moral}.")
     if segments:
         counts = segment(model, cfg, small, args, device, out, f"{title}; not for diagnosis")
         if counts:
-            what = f"{title}; {cfg.ddim_steps} DDIM steps, seed {args.seed}{members}"
+            what = f"{title}; {how}, seed {args.seed}{members}"
             table = score_table([Path(path).name for path in args.images], counts, what)
             train.write_whole(out / "scores.md", lambda f: f.write_text(table + "\n", encoding="utf-8"))
             say(f"\n{table}\n")

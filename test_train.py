@@ -149,6 +149,9 @@ REFUSALS = [
     ("--task synthesis --cond add", "--cond is about segmentation; --task synthesis is unconditional"),
     ("--task synthesis --ensemble 3", "--ensemble averages masks; --task synthesis has none"),
     ("--task lung --steps 4 --epochs 1", "--steps and --epochs say the same thing twice"),
+    ("--task lung --micro-batch some", "argument --micro-batch: must be auto or a number, got some"),
+    ("--task lung --sampler langevin", "--ddim-steps must be at least 11 for --sampler langevin, got 5"),
+    ("--task lung --sampler sde --eta 1", "--eta is about --sampler ddim, got 1.0 for --sampler sde"),
     ("--task lung --batch-size 0", "--batch-size must be at least 1, got 0"),
     ("--task lung --lr nan", "--lr must be above 0 and finite, got nan"),
     ("--task lung --ema 1", "--ema must be below 1, got 1.0"),
@@ -488,6 +491,33 @@ def test_an_ensemble_is_the_mean_of_its_members_and_the_first_member_is_the_sing
     mean = train.segment(model, dataclasses.replace(cfg, ensemble=4), tiny.images, np.arange(3), CPU)
     torch.testing.assert_close(mean, members.mean(1), atol=1e-4, rtol=0)
     torch.testing.assert_close(train.sample_masks(model, cfg, y, [0, 1, 2])[:, 0], members[:, 0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("target", diffusion.TARGETS)
+@pytest.mark.parametrize("sampler", train.SAMPLERS)
+def test_every_sampler_finds_the_mask_that_the_network_knows_in_the_passes_it_says(sampler, target):
+    """Ideal network, 12 passes (DDPM: 20 steps in all): the mask of every member, by as many passes as the progress line counts on."""
+    cfg = config(sampler=sampler, ddim_steps=12, target=target, T=20 if sampler == "ddpm" else 1000)
+    train.check(cfg)
+    y, counted = data.to_float(split(3).images), []
+    masks = train.sample_masks(Oracle(cfg), cfg, y, [0, 1, 2], 2, progress=counted.append)
+    assert counted == [6] * train.passes_of(cfg) and train.passes_of(cfg) <= max(12, cfg.T if sampler == "ddpm" else 0)
+    torch.testing.assert_close(masks, torch.where(y > 0, 1.0, -1.0)[:, None].expand(3, 2, 1, 16, 16), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("sampler, passes", [("ddim", 100), ("ode", 59), ("sde", 300), ("pc", 301), ("langevin", 901)])
+def test_every_sampler_draws_the_distribution_that_the_network_knows(sampler, passes):
+    """Pixels N(0.3, 0.04), exact noise predictor: mean and standard deviation of 2048 pixels."""
+    cfg = config(task="synthesis", cond=None, sampler=sampler, ddim_steps=passes, target="eps")
+    s = diffusion.linear_schedule(cfg.T)
+
+    class World:
+        def denoise(self, xt, t, e):
+            a, v = diffusion.at(s.abar.sqrt(), t, xt), diffusion.at(1 - s.abar, t, xt)
+            return v.sqrt() * (xt - a * 0.3) / (a * a * 0.04 + v)
+
+    x0 = train.sample_images(World(), cfg, range(8))
+    assert float(x0.mean()) == pytest.approx(0.3, abs=0.03) and float(x0.std()) == pytest.approx(0.2, rel=0.08)
 
 
 def test_channels_last_changes_a_mask_by_rounding_alone():

@@ -48,11 +48,13 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import diffusion
 import metrics
+import score
 from unet import CONDITIONINGS, ConditionalUNet
 
 TASKS = ("synthesis", "lung", "infection")
 EVAL_SEED = 0  # chooses the evaluated images and their x_T: the same in every run, so that runs compare (§4.3)
-PROTOCOL = ("eval_images", "ddim_steps", "eta", "ensemble")  # how an evaluation samples; --resume may change it
+SAMPLERS = ("ddim", "ddpm", "ode", "sde", "pc", "langevin")
+PROTOCOL = ("eval_images", "sampler", "ddim_steps", "eta", "ensemble")  # how an evaluation samples; --resume may change it
 RESUMABLE = ("steps", "micro_batch", "eval_every", *PROTOCOL)  # what may change when a run goes on
 SAVE_EVERY = 300  # seconds between checkpoints
 REPORT_TABLES = {  # Tables 1 and 2: (addition, concatenation)
@@ -121,7 +123,8 @@ class Config:
     growth: int = 32  # of the embedder's RDBs, [1]
     image_size: int = 64  # §3.1
     T: int = 1000  # §3.2
-    ddim_steps: int = 50  # §3.2
+    sampler: str = "ddim"  # §3.2; the others of §2 and §2.1: see sample_with
+    ddim_steps: int = 50  # §3.2: passes of the network, whatever the sampler
     eta: float = 0.0  # [18]
     ensemble: int = 1  # masks averaged for one image; §4.3: "we decided to calculate each mask one time"
     eval_images: int = 512  # §4.3: of train and of validation, the same at every evaluation
@@ -178,7 +181,8 @@ def parse(argv):
     p.add_argument("--ema", type=float, metavar="X", help="decay of the averaged weights; 0: none")
     p.add_argument("--channels", type=int, metavar="N", help="width of the first level")
     p.add_argument("--image-size", type=int, metavar="N", help="side of the images in pixels")
-    p.add_argument("--ddim-steps", type=int, metavar="N", help="passes of the network to sample one image")
+    p.add_argument("--sampler", choices=SAMPLERS, help="DDIM (§3.2), DDPM's T passes, or those of §2.1; default ddim")
+    p.add_argument("--ddim-steps", type=int, metavar="N", help="passes of the network to sample one image, by any sampler but ddpm")
     p.add_argument("--eta", type=float, metavar="X", help="fresh noise in DDIM, 0 (only x_T is random) to 1")
     p.add_argument("--ensemble", type=int, metavar="N", help="masks averaged for one image (Amit et al.)")
     p.add_argument("--eval-images", type=int, metavar="N", help="images of train and of validation that an evaluation samples")
@@ -193,6 +197,8 @@ def parse(argv):
 
 
 def count_or_auto(word):
+    if word != "auto" and not word.isdigit():
+        raise argparse.ArgumentTypeError(f"must be auto or a number, got {word}")
     return 0 if word == "auto" else int(word)
 
 
@@ -247,6 +253,11 @@ def check(cfg):
         raise UserError(f"--ema must be below 1, got {cfg.ema}")
     if not 0 <= cfg.eta <= 1:
         raise UserError(f"--eta must be between 0 and 1, got {cfg.eta}")
+    least_passes = {"ode": 3, "sde": 2, "pc": 3, "langevin": 11}.get(cfg.sampler, 1)
+    if cfg.ddim_steps < least_passes:
+        raise UserError(f"--ddim-steps must be at least {least_passes} for --sampler {cfg.sampler}, got {cfg.ddim_steps}")
+    if cfg.eta and cfg.sampler != "ddim":
+        raise UserError(f"--eta is about --sampler ddim, got {cfg.eta} for --sampler {cfg.sampler}")
     if cfg.ddim_steps > cfg.T:
         raise UserError(f"--ddim-steps must be at most T = {cfg.T}, got {cfg.ddim_steps}")
     if set(cfg.classes) - set(data.CLASSES):
@@ -654,9 +665,41 @@ def eps_model_of(model, cfg, s, device, progress=None):
     return eps_model
 
 
+def passes_of(cfg):
+    """How often sample_with calls the network for one image."""
+    N = cfg.ddim_steps
+    exact = {"ddpm": cfg.T, "ode": 2 * ((N + 1) // 2) - 1, "pc": 2 * ((N - 1) // 2) + 1, "langevin": 10 * ((N - 1) // 10) + 1}
+    return exact.get(cfg.sampler, N)
+
+
+def sample_with(cfg, s, eps_model, noise, e):
+    """x_0 by one of SAMPLERS, in at most cfg.ddim_steps passes of the network (DDPM: T), x_0_hat clipped in all of them.
+
+    ode       the probability-flow ODE by Heun's method, noise levels spaced as [20]'s successors do
+    sde, pc   the reverse SDE by Euler-Maruyama, and with a Langevin step before each
+    langevin  annealed Langevin dynamics over ten of the schedule's noise levels
+    """
+    N, T = cfg.ddim_steps, s.T
+    if cfg.sampler == "ddim":
+        return diffusion.ddim_sample(s, eps_model, noise, e, N, cfg.eta)
+    if cfg.sampler == "ddpm":
+        return diffusion.ddpm_sample(s, eps_model, noise, e)
+    process = score.steps_of(s.abar)
+    at_time = score.score_of_eps(process, eps_model, T, e, clip=True)
+    at_level = score.score_at_level(process, at_time)
+    if cfg.sampler == "ode":
+        sigmas = score.on_grid(process, score.heun_levels(score.level(process, 1.0), 0.02, (N + 1) // 2), T)
+        return score.ode_heun(at_level, sigmas[0] * noise(), sigmas)
+    if cfg.sampler == "langevin":
+        sigmas = score.on_grid(process, score.geometric(score.level(process, 1.0), 0.02, 10), T)
+        return score.langevin(at_level, noise, sigmas, (N - 1) // 10, step=0.2 * sigmas[-1] ** 2)
+    correct = 0.16 if cfg.sampler == "pc" else None
+    return score.reverse_sde(process, at_time, noise, score.times((N - 1) // (2 if correct else 1), 1 / T, T), correct)
+
+
 @torch.inference_mode()
 def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None, seed=EVAL_SEED):
-    """Masks for X-rays by DDIM: (B, members, 1, H, W) in [-1, 1].
+    """Masks for X-rays: (B, members, 1, H, W) in [-1, 1].
 
     y      (B, 1, H, W) in [-1, 1], on the device
     index  B ints: image i's noise comes from (seed, i) alone
@@ -665,16 +708,16 @@ def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None, s
     with autocast(cfg, device):
         e = model.embed(y).repeat_interleave(members, 0)
     noise = diffusion.ImageNoise(seed, index, y.shape[1:], members, device)
-    x0 = diffusion.ddim_sample(s, eps_model_of(model, cfg, s, device, progress), noise, e, cfg.ddim_steps, cfg.eta)
+    x0 = sample_with(cfg, s, eps_model_of(model, cfg, s, device, progress), noise, e)
     return x0.unflatten(0, (len(y), members))
 
 
 @torch.inference_mode()
 def sample_images(model, cfg, index, device="cpu", progress=None, seed=EVAL_SEED):
-    """X-rays from noise by DDIM: (B, 1, H, W) in [-1, 1]; image i from (seed, i) alone."""
+    """X-rays from noise: (B, 1, H, W) in [-1, 1]; image i from (seed, i) alone."""
     s = diffusion.linear_schedule(cfg.T)
     noise = diffusion.ImageNoise(seed, index, (1, cfg.image_size, cfg.image_size), device=device)
-    return diffusion.ddim_sample(s, eps_model_of(model, cfg, s, device, progress), noise, None, cfg.ddim_steps, cfg.eta)
+    return sample_with(cfg, s, eps_model_of(model, cfg, s, device, progress), noise, None)
 
 
 def chosen(N, n):
@@ -1004,8 +1047,8 @@ class Run:
         """Images through the network in one evaluation."""
         cfg, N = self.cfg, {name: len(split.images) for name, split in self.splits.items()}
         if cfg.task == "synthesis":
-            return min(N["Val"] // 2, cfg.eval_images) * cfg.ddim_steps
-        return sum(min(n, cfg.eval_images) for n in N.values()) * cfg.ddim_steps * cfg.ensemble
+            return min(N["Val"] // 2, cfg.eval_images) * passes_of(cfg)
+        return sum(min(n, cfg.eval_images) for n in N.values()) * passes_of(cfg) * cfg.ensemble
 
     def show(self):
         """step, loss, images/s and time left, evaluations included (until the first is measured: a pass is 1/3 of a step)."""
