@@ -127,6 +127,15 @@ def test_the_tables_of_speed_are_what_benchmark_py_printed():
         assert {"commit", "hardware", "torch", "config"} <= result.keys()
 
 
+def test_the_table_of_samplers_is_that_of_results():
+    """Each row `| sampler | passes | Fréchet distance | DICE |`, and no other."""
+    result = json.loads((ROOT / "results" / "samplers" / "small-phantoms.json").read_text(encoding="utf-8"))
+    table = README.split("| sampler | passes | synthesis: Fréchet distance | lung: DICE |")[1].split("\n\n")[0]
+    cell = lambda row, key, digits: f"{row[key]:.{digits}f}" if key in row else ""
+    rows = [f"| {r['sampler']} | {r['passes']} | {cell(r, 'synthesis', 3)} | {cell(r, 'lung', 4)} |" for r in result["rows"]]
+    assert table.splitlines()[2:] == rows and len(rows) > 8 and {"commit", "hardware", "torch", "seed", "commands"} <= result.keys()
+
+
 @pytest.mark.parametrize("command", commands("benchmark.py"))
 def test_every_benchmark_command_is_accepted(command):
     """benchmark.py parses it."""

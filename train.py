@@ -275,9 +275,12 @@ def choose_device(name=None):
     if name.split(":")[0] not in ("cuda", "mps", "cpu"):
         raise UserError(f"--device must be cuda, mps or cpu, got {name}")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} does not work here: {str(e).splitlines()[0]}") from e
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what the processes of torchrun talk by
+    return device
 
 
 def bf16_is_fast(device):
@@ -456,7 +459,7 @@ def draws(cfg, step, like):
     g = generator(cfg.seed, 2, step)
     u = torch.rand(len(like), generator=g, dtype=torch.float64)
     t = (cfg.T * u ** (1 / cfg.t_power)).ceil().clamp(min=1).long()  # P(t <= k) = (k / T)^t_power
-    return t, torch.randn(like.shape, generator=g).to(like.device)
+    return t, torch.randn(like.shape, generator=g, pin_memory=like.is_cuda).to(like.device, non_blocking=True)
 
 
 def learning_rate(cfg, step):
@@ -475,12 +478,13 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if world() > 1 else self.model
-        self.mine = np.array_split(np.arange(cfg.batch_size), world())[rank()]  # places in the batch whose gradient this process takes
-        self.micro_batch = cfg.micro_batch or len(self.mine)
+        places = [cfg.batch_size * i // world() for i in (rank(), rank() + 1)]
+        self.mine, self.images = slice(*places), places[1] - places[0]  # the part of the batch whose gradient this process takes
+        self.micro_batch = cfg.micro_batch or self.images
 
     def fit_memory(self):
         """Choose micro_batch, and whether blocks are computed again in the backward pass, by what is free. Returns what was chosen, in words."""
-        free, unet, n = free_memory(self.device), self.model.unet, len(self.mine)
+        free, unet, n = free_memory(self.device), self.model.unet, self.images
         if free is None:
             return f"{self.micro_batch} images a forward pass (the free memory cannot be told here)"
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -969,7 +973,7 @@ class Run:
         """The mean loss since the last log line. A loss that is not finite ends the run; the last checkpoint is older and good."""
         if not self.losses:
             return
-        losses = torch.stack(self.losses)
+        losses = torch.stack(self.losses).cpu()
         if world() > 1:
             distributed.all_reduce(losses)
         losses = losses.tolist()
