@@ -121,6 +121,7 @@ def test_sec21_noise_levels_of_the_grid_are_those_of_steps():
     given = [sc.level(process, 0.5), sc.level(process, 0.3004), 1e-6, 0.0]
     expected = [sc.level(process, 0.5), sc.level(process, 0.3), sc.level(process, 1e-3), 0.0]
     assert sc.on_grid(process, given, 1000) == pytest.approx(expected)
+    assert sc.times(2, 0.04, rho=2.0) == pytest.approx([1.0, 0.36, 0.04])
     assert sc.times(3, 1e-4, 10) == [1.0, 0.7, 0.3, 0.1] and sc.times(2, 0.2) == pytest.approx([1.0, 0.6, 0.2])
 
 

@@ -698,7 +698,7 @@ def sample_with(cfg, s, eps_model, noise, e):
         sigmas = score.on_grid(process, score.geometric(score.level(process, 1.0), 0.02, 10), T)
         return score.langevin(at_level, noise, sigmas, (N - 1) // 10, step=0.2 * sigmas[-1] ** 2)
     correct = 0.16 if cfg.sampler == "pc" else None
-    return score.reverse_sde(process, at_time, noise, score.times((N - 1) // (2 if correct else 1), 1 / T, T), correct)
+    return score.reverse_sde(process, at_time, noise, score.times((N - 1) // (2 if correct else 1), 1 / T, T, rho=2.0), correct)
 
 
 @torch.inference_mode()
