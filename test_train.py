@@ -19,6 +19,7 @@ from PIL import Image
 import data
 import diffusion
 import metrics
+import score
 import train
 import unet
 from notebooks import figures
@@ -518,6 +519,58 @@ def test_every_sampler_draws_the_distribution_that_the_network_knows(sampler, pa
 
     x0 = train.sample_images(World(), cfg, range(8))
     assert float(x0.mean()) == pytest.approx(0.3, abs=0.03) and float(x0.std()) == pytest.approx(0.2, rel=0.08)
+
+
+@pytest.mark.parametrize("target", diffusion.TARGETS)
+def test_sec21_the_losses_of_ncsn_and_of_the_sde_are_those_of_score_py(target):
+    """One network, one noise: the same number from train.score_matching, score.sde_loss and score.dsm_loss; at whole steps Eq. (7)'s."""
+    s, g = diffusion.linear_schedule(), torch.Generator().manual_seed(3)
+    process = score.steps_of(s.abar)
+    x0, eps, answer = (torch.randn(4, 1, 3, 3, generator=g, dtype=torch.float64) for _ in range(3))
+    heard = []
+    model = lambda xt, t, y: heard.append(t) or answer + 0.1 * xt
+    for steps in (250.0, 250.7):
+        a, std = process.marginal(steps / 1000)
+        t = torch.full((4,), steps, dtype=torch.float64)
+        loss = train.score_matching(s, model, x0, None, t, eps, target)
+        assert heard[-1].tolist() == [steps] * 4
+        eps_hat = lambda x, a=a, std=std: {"eps": 1, "v": a, "x0": -a / std}[target] * (answer + 0.1 * x) + {"eps": 0, "v": std, "x0": 1 / std}[target] * x
+        assert float(loss) == pytest.approx(float(score.sde_loss(process, lambda x, _: -eps_hat(x) / std, x0, steps / 1000, eps)))
+        sigma = torch.full((4,), std / a, dtype=torch.float64)
+        assert float(loss) == pytest.approx(float(score.dsm_loss(lambda y, _: -eps_hat(a * y) / (std / a), x0, sigma, eps)))
+    whole = torch.tensor([1, 20, 500, 1000])
+    mixed = train.score_matching(s, model, x0, None, whole, eps, "eps")
+    torch.testing.assert_close(mixed, diffusion.l_simple(s, model, x0, None, whole, eps))
+
+
+def test_sec21_each_objective_draws_its_own_times():
+    """ncsn: ten steps, all of them, the first and the last of the schedule among them; vp: real numbers in [1, T]; eps: as before."""
+    like = torch.zeros(4000, 1, 1, 1)
+    t = {name: train.draws(config(objective=name, t_power=1.0), 1, like)[0] for name in train.OBJECTIVES}
+    steps, counts = t["ncsn"].unique(return_counts=True)
+    assert len(steps) == 10 and steps[0] == 1 and steps[-1] == 1000 and counts.min() > 300
+    sigmas = [score.level(score.steps_of(diffusion.linear_schedule().abar), int(k) / 1000) for k in steps]
+    assert sigmas[::-1] == pytest.approx(train.ncsn_levels(diffusion.linear_schedule()))
+    assert t["vp"].dtype == torch.float64 and 1 <= t["vp"].min() and t["vp"].max() <= 1000 and (t["vp"] % 1 > 0.01).float().mean() > 0.9
+    assert torch.equal(t["vp"].ceil().long(), t["eps"])
+
+
+@pytest.mark.parametrize("objective", ["ncsn", "vp"])
+def test_sec21_a_run_learns_samples_and_is_resumed_by_each_objective(go, objective, no_pictures):
+    """The configuration says what it learned, ncsn is sampled at its own levels, and half a run goes on as an uninterrupted one."""
+    words, tiny = f"--task lung --objective {objective} --lr-decay none", TINY.replace("--ddim-steps 2", "--ddim-steps 11")
+    (status, whole), (_, half) = go(words, "whole", tiny), go(words, "half", tiny.replace("--steps 4", "--steps 2"))
+    assert status == 0 and train.main(["--resume", str(half), "--steps", "4", "--device", "cpu"]) == 0
+    torch.testing.assert_close(dict(state_of(half)["model"]), dict(state_of(whole)["model"]), rtol=0, atol=0)
+    other = state_of(go("--task lung --lr-decay none", "other", tiny)[1])
+    assert any(not torch.equal(v, other["model"][k]) for k, v in state_of(whole)["model"].items())
+    cfg = train.read_checkpoint(whole)["config"]
+    assert (cfg.objective, cfg.sampler) == (objective, {"ncsn": "langevin", "vp": "ddim"}[objective])
+
+
+def test_sec21_a_synthesis_run_of_the_sde_is_evaluated_by_eq_7(go, no_pictures):
+    """At whole steps, as every other run."""
+    assert go("--task synthesis --objective vp")[0] == 0
 
 
 def test_channels_last_changes_a_mask_by_rounding_alone():

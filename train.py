@@ -53,6 +53,7 @@ from unet import CONDITIONINGS, ConditionalUNet
 
 TASKS = ("synthesis", "lung", "infection")
 EVAL_SEED = 0  # chooses the evaluated images and their x_T: the same in every run, so that runs compare (§4.3)
+OBJECTIVES = ("eps", "ncsn", "vp")
 SAMPLERS = ("ddim", "ddpm", "ode", "sde", "pc", "langevin")
 PROTOCOL = ("eval_images", "sampler", "ddim_steps", "eta", "ensemble")  # how an evaluation samples; --resume may change it
 RESUMABLE = ("steps", "micro_batch", "eval_every", *PROTOCOL)  # what may change when a run goes on
@@ -102,6 +103,7 @@ class Config:
     phantoms: bool = False  # whether they are generated
     classes: tuple = ()  # of data.CLASSES
     preset: str = "report"
+    objective: str = "eps"  # at which noise it learns: eps: steps 1..T, Eq. (7); §2.1's losses: ncsn, ten noise levels; vp, every real t
     target: str = "eps"  # what the network predicts: eps is Eq. (7)
     t_power: float = 1.0  # t is drawn with density t^(t_power - 1): 1 is Eq. (7)'s uniform, 2 prefers high noise
     augment: float = 0.0  # strength of data.augment on X-ray and mask; 0: none, as the report
@@ -167,6 +169,7 @@ def parse(argv):
     p.add_argument("--data", metavar="DIR", help="folder with COVID-QU-Ex; default ./COVID-QU-Ex, else phantoms")
     p.add_argument("--classes", nargs="+", metavar="CLASS", help=f"some of {', '.join(data.CLASSES)}")
     p.add_argument("--preset", choices=PRESETS, help="default: report where there is an NVIDIA GPU, small elsewhere")
+    p.add_argument("--objective", choices=OBJECTIVES, help="at which noise it learns: steps 1..T (Eq. 7), or §2.1: ten levels, or every real t")
     p.add_argument("--target", choices=diffusion.TARGETS, help="what the network predicts: the noise (Eq. 7), a mix, the image")
     p.add_argument("--t-power", type=float, metavar="X", help="t is drawn with density t^(X-1): 1 uniform (Eq. 7), 2 more noise")
     p.add_argument("--augment", type=float, metavar="X", help="move, turn and expose X-ray and mask anew each time; 0: no")
@@ -221,6 +224,8 @@ def configure(args, device):
     cond = None if args.task == "synthesis" else "concat"
     settings = dict(task=args.task, cond=cond, preset=preset, precision="bf16" if bf16_is_fast(device) else "fp32")
     settings |= PRESETS[preset][args.task]
+    if args.objective == "ncsn":  # it knows the score at its levels alone
+        settings |= dict(sampler="langevin", ddim_steps=101)
     fields = {f.name for f in dataclasses.fields(Config)}
     settings |= {k: v for k, v in vars(args).items() if k in fields - {"data"} and v is not None}
     settings["classes"] = tuple(settings.get("classes") or data.DEFAULT_CLASSES[args.task])
@@ -454,11 +459,27 @@ def generator(*words):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
 
 
+def ncsn_levels(s):
+    """The ten noise levels of objective ncsn and of sampler langevin: geometric, on steps of the schedule, largest first."""
+    process = score.steps_of(s.abar)
+    return score.on_grid(process, score.geometric(score.level(process, 1.0), score.level(process, 1 / s.T), 10), s.T)
+
+
 def draws(cfg, step, like):
-    """t and eps of Eq. (7) for batch `step`, a function of (seed, step) alone, the same on every device."""
+    """t and eps of Eq. (7) for batch `step`, a function of (seed, step) alone, the same on every device.
+
+    t is int64 in 1..T; with objective ncsn among the steps of its levels; with vp float64 in [1, T].
+    """
     g = generator(cfg.seed, 2, step)
     u = torch.rand(len(like), generator=g, dtype=torch.float64)
-    t = (cfg.T * u ** (1 / cfg.t_power)).ceil().clamp(min=1).long()  # P(t <= k) = (k / T)^t_power
+    t = (cfg.T * u ** (1 / cfg.t_power)).clamp(min=1)  # P(t <= k) = (k / T)^t_power
+    if cfg.objective == "ncsn":
+        s = diffusion.linear_schedule(cfg.T)
+        process = score.steps_of(s.abar)
+        steps = torch.tensor([round(score.time_of(process, sigma) * cfg.T) for sigma in reversed(ncsn_levels(s))])
+        t = steps[(len(steps) * u ** (1 / cfg.t_power)).long()]
+    elif cfg.objective == "eps":
+        t = t.ceil().long()
     return t, torch.randn(like.shape, generator=g, pin_memory=like.is_cuda).to(like.device, non_blocking=True)
 
 
@@ -466,6 +487,22 @@ def learning_rate(cfg, step):
     """Linear warm-up, then constant, or a cosine to 0 at the last step."""
     warm = min(1.0, step / cfg.warmup) if cfg.warmup else 1.0
     return cfg.lr * warm * (1 if cfg.lr_decay == "none" else (1 + math.cos(math.pi * (step - 1) / cfg.steps)) / 2)
+
+
+def score_matching(s, model, x0, y, t, eps, target):
+    r"""The losses of §2.1 with lambda = s(t)^2 (score.dsm_loss, score.sde_loss), for a network that is asked for x_0, eps or v:
+
+        || eps_hat(a x_0 + s eps, t) - eps ||^2,      averaged over pixels; t (B,), a real number of steps in 1..T
+
+    An NCSN of noise level sigma = s / a is the same network, fed with x / sqrt(1 + sigma^2).
+    """
+    process = score.steps_of(s.abar)
+    marginals = [process.marginal(float(u) / s.T) for u in t]
+    a, std = (torch.tensor(v, dtype=x0.dtype, device=x0.device).reshape(-1, 1, 1, 1) for v in zip(*marginals))
+    xt = a * x0 + std * eps
+    answer = model(xt, t.to(xt.device), y).to(x0.dtype)
+    eps_hat = {"eps": lambda: answer, "v": lambda: a * answer + std * xt, "x0": lambda: (xt - a * answer) / std}[target]()
+    return (eps_hat - eps).square().mean()
 
 
 class Trainer:
@@ -550,7 +587,10 @@ class Trainer:
     def piece(self, x0, y, t, eps, share):
         """Add the gradient of one piece, which is this share of the batch. Returns its part of the mean loss."""
         with autocast(self.cfg, self.device):
-            loss = diffusion.l_simple(self.s, self.parallel, x0, y, t, eps, self.cfg.target) * share
+            if self.cfg.objective == "eps":
+                loss = diffusion.l_simple(self.s, self.parallel, x0, y, t, eps, self.cfg.target) * share
+            else:
+                loss = score_matching(self.s, self.parallel, x0, y, t, eps, self.cfg.target) * share
         (loss * world()).backward()  # of which DistributedDataParallel takes the mean over the processes
         return loss.detach()
 
@@ -695,7 +735,7 @@ def sample_with(cfg, s, eps_model, noise, e):
         sigmas = score.on_grid(process, score.heun_levels(score.level(process, 1.0), 0.02, (N + 1) // 2), T)
         return score.ode_heun(at_level, sigmas[0] * noise(), sigmas)
     if cfg.sampler == "langevin":
-        sigmas = score.on_grid(process, score.geometric(score.level(process, 1.0), 0.02, 10), T)
+        sigmas = ncsn_levels(s)
         return score.langevin(at_level, noise, sigmas, (N - 1) // 10, step=0.2 * sigmas[-1] ** 2)
     correct = 0.16 if cfg.sampler == "pc" else None
     return score.reverse_sde(process, at_time, noise, score.times((N - 1) // (2 if correct else 1), 1 / T, T, rho=2.0), correct)
@@ -785,7 +825,7 @@ def evaluate_images(model, cfg, splits, device, progress=None):
     for name, split in splits.items():
         rows = chosen(len(split.images), cfg.eval_images)
         x0 = data.to_float(split.images[rows])
-        t, eps = draws(dataclasses.replace(cfg, seed=EVAL_SEED, t_power=1.0), 0, x0)
+        t, eps = draws(dataclasses.replace(cfg, seed=EVAL_SEED, t_power=1.0, objective="eps"), 0, x0)
 
         def loss(i, x0=x0, t=t, eps=eps):
             with autocast(cfg, device):
