@@ -719,9 +719,9 @@ def passes_of(cfg):
 def sample_with(cfg, s, eps_model, noise, e):
     """x_0 by one of SAMPLERS, in at most cfg.ddim_steps passes of the network (DDPM: T), x_0_hat clipped in all of them.
 
-    ode       the probability-flow ODE by Heun's method, noise levels spaced as [20]'s successors do
+    ode       the probability-flow ODE by Heun's method, noise levels evenly spaced in sigma^(1/7) down to 0.02, then 0
     sde, pc   the reverse SDE by Euler-Maruyama, and with a Langevin step before each
-    langevin  annealed Langevin dynamics over ten of the schedule's noise levels
+    langevin  annealed Langevin dynamics over ten of the schedule's noise levels (ncsn_levels)
     """
     N, T = cfg.ddim_steps, s.T
     if cfg.sampler == "ddim":
