@@ -334,7 +334,7 @@ def gains(cfg, device, rounds):
         "channels last on a CPU": sampling_job(cfg, device, n, plain),
         "GroupNorm of small images laid out anew": with_another(unet.GroupNorm, "forward", torch.nn.GroupNorm.forward, sampling_job(cfg, device, n)),
         few: with_another(unet, "fused_attend", F.scaled_dot_product_attention, sampling_job(cfg, device, n)),
-        "X-ray embedded once a mask": sampling_job(cfg, device, n, EmbedsEveryPass(plain)),
+        "X-ray embedded once a mask": sampling_job(cfg, device, n, EmbedsEveryPass(train.laid_out(plain, device))),
         **({"bf16": sampling_job(other, device, n)} if cfg.precision == "bf16" else {}),
     }
     found = {}
@@ -407,9 +407,9 @@ def compare(cfg, device, rounds):
     """
     cfg = dataclasses.replace(cfg, task="synthesis", cond=None, ddim_steps=10, target="eps")
     ours = {f"here, {p}": dataclasses.replace(cfg, precision=p) for p in dict.fromkeys((cfg.precision, "fp32"))}
-    peers = [name for name, module in PEERS.items() if importlib.util.find_spec(module)]
-    peers = [name for name in peers if fits(name, peer_training_job(name, cfg, device))]
-    steps = {name: training_job(c, device) for name, c in ours.items()} | {n: peer_training_job(n, cfg, device) for n in peers}
+    installed = [name for name, module in PEERS.items() if importlib.util.find_spec(module)]
+    peers = {name: job for name in installed if fits(name, job := peer_training_job(name, cfg, device))}
+    steps = {name: training_job(c, device) for name, c in ours.items()} | peers
     samples = {name: sampling_job(c, device, 8) for name, c in ours.items()} | {n: peer_sampling_job(n, cfg, device, 8) for n in peers}
     step_s, sample_s = interleaved(steps, device, rounds), interleaved(samples, device, rounds)
     count = lambda model: sum(p.numel() for p in model.parameters())

@@ -114,6 +114,22 @@ def test_the_command_prints_its_table_and_writes_its_numbers(monkeypatch, tmp_pa
     assert all(f"| {name} |" in out for name in m)
 
 
+def test_every_sampling_job_of_the_gains_is_laid_out_but_the_one_that_measures_it(monkeypatch):
+    """So that a ratio is the worth of one choice: channels last everywhere else."""
+    laid = {}
+
+    def job(cfg, device, n, model=None):
+        model = getattr(model, "model", model)  # of EmbedsEveryPass
+        laid[len(laid)] = model is None or model.unet.stem.weight.is_contiguous(memory_format=torch.channels_last)
+        return lambda: None
+
+    monkeypatch.setattr(benchmark, "sampling_job", job)
+    monkeypatch.setattr(benchmark, "interleaved", lambda jobs, *_: dict.fromkeys(jobs, 1.0))
+    monkeypatch.setattr(benchmark, "in_process_of_its_own", lambda *_, **__: 1.0)
+    benchmark.gains(config(), CPU, 1)
+    assert list(laid.values()) == [True, False, True, True, True]
+
+
 def test_gains_change_one_thing_each(monkeypatch):
     """What is timed without a choice is without it, and only while it is timed; ratios are over "as it is"."""
     timed, steps = {}, []
