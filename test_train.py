@@ -532,14 +532,14 @@ def test_sec21_the_losses_of_ncsn_and_of_the_sde_are_those_of_score_py(target):
     for steps in (250.0, 250.7):
         a, std = process.marginal(steps / 1000)
         t = torch.full((4,), steps, dtype=torch.float64)
-        loss = train.score_matching(s, model, x0, None, t, eps, target)
+        loss = train.score_matching(1000, model, x0, None, t, eps, target)
         assert heard[-1].tolist() == [steps] * 4
         eps_hat = lambda x, a=a, std=std: {"eps": 1, "v": a, "x0": -a / std}[target] * (answer + 0.1 * x) + {"eps": 0, "v": std, "x0": 1 / std}[target] * x
         assert float(loss) == pytest.approx(float(score.sde_loss(process, lambda x, _: -eps_hat(x) / std, x0, steps / 1000, eps)))
         sigma = torch.full((4,), std / a, dtype=torch.float64)
         assert float(loss) == pytest.approx(float(score.dsm_loss(lambda y, _: -eps_hat(a * y) / (std / a), x0, sigma, eps)))
     whole = torch.tensor([1, 20, 500, 1000])
-    mixed = train.score_matching(s, model, x0, None, whole, eps, "eps")
+    mixed = train.score_matching(1000, model, x0, None, whole, eps, "eps")
     torch.testing.assert_close(mixed, diffusion.l_simple(s, model, x0, None, whole, eps))
 
 
@@ -550,7 +550,7 @@ def test_sec21_each_objective_draws_its_own_times():
     steps, counts = t["ncsn"].unique(return_counts=True)
     assert len(steps) == 10 and steps[0] == 1 and steps[-1] == 1000 and counts.min() > 300
     sigmas = [score.level(score.steps_of(diffusion.linear_schedule().abar), int(k) / 1000) for k in steps]
-    assert sigmas[::-1] == pytest.approx(train.ncsn_levels(diffusion.linear_schedule()))
+    assert sigmas[::-1] == pytest.approx(score.on_grid(train.process_of(1000), score.geometric(sigmas[-1], sigmas[0], 10), 1000))
     assert t["vp"].dtype == torch.float64 and 1 <= t["vp"].min() and t["vp"].max() <= 1000 and (t["vp"] % 1 > 0.01).float().mean() > 0.9
     assert torch.equal(t["vp"].ceil().long(), t["eps"])
 

@@ -459,10 +459,18 @@ def generator(*words):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
 
 
-def ncsn_levels(s):
-    """The ten noise levels of objective ncsn and of sampler langevin: geometric, on steps of the schedule, largest first."""
-    process = score.steps_of(s.abar)
-    return score.on_grid(process, score.geometric(score.level(process, 1.0), score.level(process, 1 / s.T), 10), s.T)
+@functools.lru_cache(maxsize=2)
+def process_of(T):
+    """The schedule of T steps as the process of §2.1."""
+    return score.steps_of(diffusion.linear_schedule(T).abar)
+
+
+@functools.lru_cache(maxsize=2)
+def ncsn_steps(T):
+    """Where the ten noise levels of objective ncsn and of sampler langevin lie: geometric levels, nearest steps, largest first."""
+    process = process_of(T)
+    sigmas = score.geometric(score.level(process, 1.0), score.level(process, 1 / T), 10)
+    return [max(1, round(score.time_of(process, sigma) * T)) for sigma in sigmas]
 
 
 def draws(cfg, step, like):
@@ -474,9 +482,7 @@ def draws(cfg, step, like):
     u = torch.rand(len(like), generator=g, dtype=torch.float64)
     t = (cfg.T * u ** (1 / cfg.t_power)).clamp(min=1)  # P(t <= k) = (k / T)^t_power
     if cfg.objective == "ncsn":
-        s = diffusion.linear_schedule(cfg.T)
-        process = score.steps_of(s.abar)
-        steps = torch.tensor([round(score.time_of(process, sigma) * cfg.T) for sigma in reversed(ncsn_levels(s))])
+        steps = torch.tensor(ncsn_steps(cfg.T)[::-1])
         t = steps[(len(steps) * u ** (1 / cfg.t_power)).long()]
     elif cfg.objective == "eps":
         t = t.ceil().long()
@@ -489,15 +495,14 @@ def learning_rate(cfg, step):
     return cfg.lr * warm * (1 if cfg.lr_decay == "none" else (1 + math.cos(math.pi * (step - 1) / cfg.steps)) / 2)
 
 
-def score_matching(s, model, x0, y, t, eps, target):
+def score_matching(T, model, x0, y, t, eps, target):
     r"""The losses of §2.1 with lambda = s(t)^2 (score.dsm_loss, score.sde_loss), for a network that is asked for x_0, eps or v:
 
         || eps_hat(a x_0 + s eps, t) - eps ||^2,      averaged over pixels; t (B,), a real number of steps in 1..T
 
     An NCSN of noise level sigma = s / a is the same network, fed with x / sqrt(1 + sigma^2).
     """
-    process = score.steps_of(s.abar)
-    marginals = [process.marginal(float(u) / s.T) for u in t]
+    marginals = [process_of(T).marginal(float(u) / T) for u in t]
     a, std = (torch.tensor(v, dtype=x0.dtype, device=x0.device).reshape(-1, 1, 1, 1) for v in zip(*marginals))
     xt = a * x0 + std * eps
     answer = model(xt, t.to(xt.device), y).to(x0.dtype)
@@ -590,7 +595,7 @@ class Trainer:
             if self.cfg.objective == "eps":
                 loss = diffusion.l_simple(self.s, self.parallel, x0, y, t, eps, self.cfg.target) * share
             else:
-                loss = score_matching(self.s, self.parallel, x0, y, t, eps, self.cfg.target) * share
+                loss = score_matching(self.s.T, self.parallel, x0, y, t, eps, self.cfg.target) * share
         (loss * world()).backward()  # of which DistributedDataParallel takes the mean over the processes
         return loss.detach()
 
@@ -720,22 +725,23 @@ def sample_with(cfg, s, eps_model, noise, e):
     """x_0 by one of SAMPLERS, in at most cfg.ddim_steps passes of the network (DDPM: T), x_0_hat clipped in all of them.
 
     ode       the probability-flow ODE by Heun's method, noise levels evenly spaced in sigma^(1/7) down to 0.02, then 0
-    sde, pc   the reverse SDE by Euler-Maruyama, and with a Langevin step before each
-    langevin  annealed Langevin dynamics over ten of the schedule's noise levels (ncsn_levels)
+    sde, pc   the reverse SDE by Euler-Maruyama, and with a Langevin step before each (of a length averaged over the images
+              that are sampled together, as in [20]: with pc alone, an image depends a little on its batch)
+    langevin  annealed Langevin dynamics over ten of the schedule's noise levels (ncsn_steps)
     """
     N, T = cfg.ddim_steps, s.T
     if cfg.sampler == "ddim":
         return diffusion.ddim_sample(s, eps_model, noise, e, N, cfg.eta)
     if cfg.sampler == "ddpm":
         return diffusion.ddpm_sample(s, eps_model, noise, e)
-    process = score.steps_of(s.abar)
+    process = process_of(T)
     at_time = score.score_of_eps(process, eps_model, T, e, clip=True)
     at_level = score.score_at_level(process, at_time)
     if cfg.sampler == "ode":
         sigmas = score.on_grid(process, score.heun_levels(score.level(process, 1.0), 0.02, (N + 1) // 2), T)
         return score.ode_heun(at_level, sigmas[0] * noise(), sigmas)
     if cfg.sampler == "langevin":
-        sigmas = ncsn_levels(s)
+        sigmas = [score.level(process, k / T) for k in ncsn_steps(T)]
         return score.langevin(at_level, noise, sigmas, (N - 1) // 10, step=0.2 * sigmas[-1] ** 2)
     correct = 0.16 if cfg.sampler == "pc" else None
     return score.reverse_sde(process, at_time, noise, score.times((N - 1) // (2 if correct else 1), 1 / T, T, rho=2.0), correct)
@@ -784,6 +790,12 @@ def in_pieces(work, rows, device, members=1):
         rows = rows[size:]
 
 
+def shared_pieces(work, rows, shape, device, members=1):
+    """work(piece of the rows) -> (n, *shape) for all rows together, in pieces and on every process that there is."""
+    mine = lambda i: torch.cat([torch.empty(0, *shape), *(done for _, done in in_pieces(work, rows[i], device, members))])
+    return shared(mine, len(rows))
+
+
 def segment(model, cfg, images, rows, device, progress=None):
     """The mask of each chosen X-ray, mean of cfg.ensemble samples: (n, 1, H, W) float32 in [-1, 1] on the CPU."""
 
@@ -791,8 +803,7 @@ def segment(model, cfg, images, rows, device, progress=None):
         y = data.to_float(images[piece]).to(device)
         return sample_masks(model, cfg, y, piece, cfg.ensemble, device, progress).mean(1).cpu()
 
-    part = lambda i: torch.cat([torch.empty(0, *images.shape[1:]), *(m for _, m in in_pieces(work, rows[i], device, cfg.ensemble))])
-    return shared(part, len(rows))
+    return shared_pieces(work, rows, images.shape[1:], device, cfg.ensemble)
 
 
 def evaluate_masks(model, cfg, splits, device, progress=None):
@@ -839,8 +850,7 @@ def evaluate_images(model, cfg, splits, device, progress=None):
     a, b = np.array_split(np.random.default_rng(EVAL_SEED).permutation(len(held_out)), 2)
     b = b[: cfg.eval_images]
     draw = lambda i: sample_images(model, cfg, i, device, progress).cpu()
-    part = lambda i: torch.cat([torch.empty(0, *held_out.shape[1:]), *(x0 for _, x0 in in_pieces(draw, i, device))])
-    samples = shared(part, len(b))
+    samples = shared_pieces(draw, np.arange(len(b)), held_out.shape[1:], device)
     features = [metrics.image_features(x) for x in (samples, data.to_float(held_out[b]), data.to_float(held_out[a[: len(b)]]))]
     report["Val"]["Fréchet distance"] = metrics.frechet_distance(features[0], features[1])
     report["Val"]["Fréchet distance of two held-out halves"] = metrics.frechet_distance(features[2], features[1])
