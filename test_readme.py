@@ -19,7 +19,7 @@ def commands(script):
     return sorted({call.split("#")[0].strip() for call in calls if call.startswith(f"python {script} ")})
 
 
-@pytest.mark.parametrize("symbol", sorted(set(re.findall(r"`((?:diffusion|unet|rrdb|metrics|data|train|sample|benchmark)\.\w+)`", README))))
+@pytest.mark.parametrize("symbol", sorted(set(re.findall(r"`((?:diffusion|unet|rrdb|score|metrics|data|train|sample|benchmark)\.\w+)`", README))))
 def test_every_symbol_exists(symbol):
     """`module.name` in the README can be imported."""
     module, name = symbol.split(".")

@@ -886,6 +886,21 @@ def test_a_finished_run_is_evaluated_anew_under_another_protocol_and_not_trained
     assert json.loads((folder / "results.json").read_text())["evaluation"] == last[-1]
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("--task lung --cond add", "lung-add-0"),
+        ("--task synthesis --seed 2", "synthesis-2"),
+        ("--task lung --objective vp", "lung-concat-vp-0"),
+        ("--task synthesis --classes Normal --objective ncsn", "synthesis-ncsn-Normal-0"),
+        ("--task infection --classes COVID-19", "infection-concat-0"),
+    ],
+)
+def test_runs_that_learn_other_things_have_other_folders(words, name):
+    """Task, conditioning and seed, and what differs of objective and classes."""
+    assert train.name_of(train.configure(train.parse(words.split()), torch.device("cpu"))) == name
+
+
 def test_a_notebook_gets_the_finished_run_or_a_shorter_one_trained_here_and_the_next_time_found(root, tmp_path, monkeypatch, no_pictures):
     """open_run: trains a -4-steps run once, goes on with it after a stop, finds it again, and prefers the full run when there is one."""
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")

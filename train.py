@@ -13,7 +13,7 @@ Without --preset the machine decides. Ctrl-C saves and says how to go on. Severa
 
     torchrun --nproc-per-node 4 train.py --task lung --cond concat        same flags, same batches, same numbers
 
-A run folder, runs/<task>-<cond>-<seed>, holds
+A run folder, by default runs/<task>-<cond>-<seed>, holds
     config.json   every setting             curves.png    loss and metrics           last.pt   go on or sample from here
     log.jsonl     a line per log            masks.png or samples.png                 best.pt   best validation DICE
     table.md      beside the report's table                                          results.json   all numbers
@@ -1137,8 +1137,10 @@ def describe(cfg):
 
 
 def name_of(cfg):
-    """lung-concat-0, synthesis-0: a run's folder under runs/."""
-    return "-".join(filter(None, (cfg.task, cfg.cond, str(cfg.seed))))
+    """A run's folder under runs/: lung-concat-0; synthesis-vp-0 and synthesis-Normal-0 with other --objective or --classes than usual."""
+    objective = None if cfg.objective == "eps" else cfg.objective
+    classes = () if cfg.classes == data.DEFAULT_CLASSES[cfg.task] else cfg.classes
+    return "-".join(filter(None, (cfg.task, cfg.cond, objective, *classes, str(cfg.seed))))
 
 
 def prepare(args, device):
