@@ -126,6 +126,21 @@ def test_image_rows_outlines_the_masks_of_its_own_row():
     assert figures.TRUE == "#" + "".join(f"{round(255 * c):02x}" for c in contour.get_edgecolor()[0][:3])
 
 
+def test_planes_have_their_first_row_below_and_arrows_that_fill_a_step():
+    """Density by extent, arrows in their direction: the longest one step of the grid, a quarter of it half a step; paths, points, labels."""
+    positions = np.stack(np.meshgrid([0.5, 1.5], [0.5, 1.5]), 2).reshape(4, 2)
+    panel = dict(extent=(0, 2, 0, 2), density=np.array([[1, 2], [3, 4]]), arrows=(positions, [[4, 0], [0, 1], [0, 0], [0, -4]]))
+    path = [[0, 0], [1, 2], [2, 2]]
+    fig = figures.planes({"row": [panel, dict(extent=(0, 2, 0, 2), paths=[path], points=[[1, 1]], title="paths", xlabel="t")]}, "title", "below")
+    left, right = fig.axes
+    assert left.images[0].origin == "lower" and left.images[0].get_extent() == [0, 2, 0, 2] and left.images[0].get_array()[0, 1] == 2
+    (quiver,) = (c for c in left.collections if hasattr(c, "U"))
+    assert np.allclose(quiver.U, [1, 0, 0, 0]) and np.allclose(quiver.V, [0, 0.5, 0, -1])
+    assert (quiver.scale, quiver.scale_units, quiver.angles) == (1, "xy", "xy")
+    assert right.lines[0].get_xydata().tolist() == path and right.lines[1].get_xydata().tolist() == [[1, 1]]
+    assert (left.get_ylabel(), right.get_title(), right.get_xlabel(), fig.get_supxlabel()) == ("row", "paths", "t", "below")
+
+
 def test_lines_differ_in_more_than_colour():
     """Each curve holds its own numbers; dashes and markers are all different, for grey printing."""
     x = np.arange(5)

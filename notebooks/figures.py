@@ -28,12 +28,14 @@ class Picture(Figure):
     def _repr_png_(self):
         drawn, small = io.BytesIO(), io.BytesIO()
         self.savefig(drawn, dpi=90)
-        picture = Image.open(drawn).convert("RGB")  # and then small, because noise hardly compresses: 64 grays, or 256 colours
-        red, green, blue = np.moveaxis(np.asarray(picture), 2, 0)
-        if (red == green).all() and (red == blue).all():
-            picture = Image.fromarray(red // 4 * 4 + red // 64)  # 0 stays black and 255 white
+        pixels = np.asarray(Image.open(drawn).convert("RGB")).astype(int)  # and then small, because noise hardly compresses:
+        gray = pixels.mean(2, keepdims=True).astype(int)
+        gray, colours = gray // 4 * 4 + gray // 64, pixels // 32 * 32 + 16  # 64 grays, 0 stays black and 255 white, and few colours
+        if (np.ptp(pixels, 2) <= 16).all():
+            picture = Image.fromarray(gray[..., 0].astype(np.uint8))
         else:
-            picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE)
+            pixels = np.where(np.ptp(pixels, 2, keepdims=True) <= 16, gray, colours)
+            picture = Image.fromarray(pixels.astype(np.uint8)).quantize(256, Image.Quantize.MAXCOVERAGE)
         picture.save(small, "png", optimize=True)
         return small.getvalue()
 
@@ -113,6 +115,39 @@ def image_rows(rows, title, caption="", columns=(), size=1.25, outlines=None, ma
         line[0].set_ylabel(label, fontsize=8)
     for ax, label in zip(axes[0], columns):
         ax.set_title(label, fontsize=8)
+    annotate(fig, title, caption)
+    return fig
+
+
+def planes(rows, title, caption="", size=2.3):
+    """Pictures of functions of two numbers: rows {label: [panel, ...]}. Each panel is a dict, all of it optional but extent:
+
+    extent   (left, right, bottom, top)
+    density  (n, m) array, its first row at the bottom: dark where it is large
+    arrows   (positions (k, 2), vectors (k, 2)) on a square grid: the longest fills a step of it, a quarter of it is drawn half as long
+    paths    (k, steps, 2): a line each; points (k, 2): a dot each
+    title    a line above; xlabel, ylabel
+    """
+    width = max(len(row) for row in rows.values())
+    fig, axes = figure(len(rows), width, size * width + 0.4, size * len(rows) + 0.9)
+    for line, (label, row) in zip(axes, rows.items()):
+        for ax, panel in zip(line, row):
+            left, right, bottom, top = panel["extent"]
+            if "density" in panel:
+                ax.imshow(panel["density"], cmap="Greys", origin="lower", extent=panel["extent"], aspect="auto", interpolation="nearest")
+            if "arrows" in panel:
+                positions, vectors = (np.asarray(a) for a in panel["arrows"])
+                length = np.hypot(*vectors.T)[:, None] + 1e-12
+                drawn = vectors / length * (length / length.max()) ** 0.5 * (right - left) / len(positions) ** 0.5
+                ax.quiver(*positions.T, *drawn.T, color=TRUE, angles="xy", scale_units="xy", scale=1, width=0.008)
+            for path in panel.get("paths", ()):
+                ax.plot(*np.asarray(path).T, color=SAMPLED, linewidth=0.8)
+            if "points" in panel:
+                ax.plot(*np.asarray(panel["points"]).T, ".", color=SAMPLED, markersize=2)
+            ax.set(xlim=(left, right), ylim=(bottom, top), xlabel=panel.get("xlabel", ""), ylabel=panel.get("ylabel", ""))
+            ax.set_title(panel.get("title", ""), fontsize=8)
+            ax.tick_params(labelsize=6)
+        line[0].set_ylabel(label or row[0].get("ylabel", ""), fontsize=8)
     annotate(fig, title, caption)
     return fig
 
