@@ -319,7 +319,7 @@ def misfits(tree, split, c, images, masks):
     return lines
 
 
-def load(root, task, split, classes=None, image_size=64, cache=None, progress=None):
+def load(root, task, split, classes=None, image_size=64, cache=None, progress=None, masks=None):
     r"""One split of the data set of §3.1 -> Split.
 
     root        the folder that holds the two trees, or a tree itself
@@ -329,6 +329,7 @@ def load(root, task, split, classes=None, image_size=64, cache=None, progress=No
     image_size  S >= 1; see resize_image, resize_mask
     cache       folder of the decoded arrays; None: .cache beside this file
     progress    called as progress(files decoded, files to decode), and not at all where the cache has everything
+    masks       the folder of the masks; None: the task's own. The infection tree has "lung masks" too
 
     DataError: a folder that is missing, empty or littered; an image without mask or a mask without image; a file name
     that is in another split too (training would leak into evaluation); a file that read_gray or read_mask refuses; an
@@ -345,11 +346,12 @@ def load(root, task, split, classes=None, image_size=64, cache=None, progress=No
         raise DataError(f"image_size must be 1 or more; got {image_size}")
 
     image_folders = [tree / split / c / "images" for c in kept]
-    mask_folders = [tree / split / c / MASKS[task] for c in kept] if MASKS[task] else []
+    masks = masks or MASKS[task]
+    mask_folders = [tree / split / c / masks for c in kept] if masks else []
     folders = {f: scan(f) for f in image_folders + mask_folders}
     mask_files = [folders[f] for f in mask_folders] or [None] * len(kept)
-    refuse([line for c, f, masks in zip(kept, image_folders, mask_files)
-            for line in misfits(tree, split, c, folders[f], masks)])
+    refuse([line for c, f, files in zip(kept, image_folders, mask_files)
+            for line in misfits(tree, split, c, folders[f], files)])
     names = [f"{c}/{name}" for c, f in zip(kept, image_folders) for name in folders[f]]
 
     n, (pixels, shapes) = len(names), decode_folders(folders, image_size, CACHE if cache is None else cache, progress)

@@ -301,17 +301,18 @@ def ddim_step(s, xt, eps, t, t_prev, eta=0.0, noise=None):
 
 
 @torch.no_grad()
-def ddim_sample(s, eps_model, noise, y=None, steps=50, eta=0.0, clip=True, trajectory=False):
+def ddim_sample(s, eps_model, noise, y=None, steps=50, eta=0.0, clip=True, trajectory=False, start=None):
     r"""DDIM sampling [18] of §3.2: `steps` passes of the network, any number from 1 to T.
 
     noise       callable, noise() -> (B, C, H, W): x_T, then fresh noise for every step where eta > 0
+    start       1..T: begin there, noise() being x_start first; None: at T
     eta         0..1, see ddim_step
     clip        clamp x0_hat to [-1, 1] at every step, and let eps follow it
     trajectory  return x at every visited step, x_T first, as (steps+1, B, C, H, W) instead of x_0 (B, C, H, W)
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}")
-    taus = ddim_timesteps(s.T, steps)
+    taus = ddim_timesteps(start or s.T, steps)
     xt = noise()
     path = [xt]
     for t, t_prev in zip(taus[:-1], taus[1:]):  # (1000, 980), (980, 960), ..., (20, 0)

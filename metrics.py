@@ -99,6 +99,20 @@ def per_image(counts):
     return summary
 
 
+def auroc(score, true):
+    """Area under the ROC curve: the chance that a positive pixel has a larger score than a negative one, a tie counting half.
+
+    score, true  arrays or tensors of one size, numbers and bool. nan where there is no positive pixel, or no negative one.
+    """
+    score, true = (np.asarray(a.cpu() if hasattr(a, "cpu") else a).ravel() for a in (score, true))
+    if score.shape != true.shape or true.dtype != bool:
+        raise ValueError(f"a score and its truth must have one size, and the truth be bool, got {score.shape}, {true.shape}, {true.dtype}")
+    _, place, ties = np.unique(score, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(ties) - (ties - 1) / 2)[place]  # 1 for the smallest; ties share their mean rank
+    P, N = int(true.sum()), int((~true).sum())
+    return float(ratio(rank[true].sum() - P * (P + 1) / 2, float(P * N)))
+
+
 # ------------------------------------------------------------------------------------- synthesis: how far are two sets of X-rays?
 
 

@@ -297,6 +297,14 @@ def test_each_row_holds_the_image_and_the_mask_of_its_own_name(tmp_path, task):
             assert np.array_equal(mask[0], np.asarray(Image.open(tree / split / c / MASKS[task][0] / file)))
 
 
+def test_the_infection_tree_has_lung_masks_too(tmp_path):
+    tree = write_tree(tmp_path, "infection")
+    s = data.load(tmp_path, "infection", "Val", None, SIZE, tmp_path / "cache", masks="lung masks")
+    for mask, name in zip(s.masks, s.names):
+        c, file = name.split("/")
+        assert np.array_equal(mask[0], np.asarray(Image.open(tree / "Val" / c / "lung masks" / file)))
+
+
 def test_resized_rows_match_their_names_too(here, load):
     s = load(image_size=4)
     i = s.names.index("COVID-19/covid_10.png")

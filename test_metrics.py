@@ -9,7 +9,7 @@ import torch
 from scipy.linalg import sqrtm
 from sklearn import metrics as sk
 
-from metrics import NAMES, Counts, confusion, frechet_distance, image_features, per_image, scores
+from metrics import NAMES, Counts, auroc, confusion, frechet_distance, image_features, per_image, scores
 
 ORACLE = {
     "DICE index": sk.f1_score,
@@ -248,3 +248,28 @@ def test_fig3_image_features_are_mean_and_texture_of_each_cell_of_a_known_image(
     want = np.concatenate([grey.reshape(3, 64), height.reshape(3, 64)], 1)
     np.testing.assert_allclose(image_features(image[:, None]), want, atol=1e-12)
     np.testing.assert_allclose(image_features(torch.from_numpy(image[:, None])), want, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------- AUROC
+
+
+def test_auroc_is_the_chance_that_a_positive_pixel_scores_higher():
+    """Every pair counted, ties half; any shape, arrays and tensors."""
+    rng = np.random.default_rng(0)
+    score, true = rng.integers(0, 6, (7, 9)), rng.random((7, 9)) < 0.3
+    pairs = score[true][:, None] - score[~true]
+    expected = ((pairs > 0).sum() + (pairs == 0).sum() / 2) / pairs.size
+    assert auroc(score, true) == pytest.approx(expected, abs=1e-12) and abs(expected - 0.5) > 0.01
+    assert auroc(score, true) == pytest.approx(sk.roc_auc_score(true.ravel(), score.ravel()), abs=1e-12)
+    assert auroc(torch.from_numpy(score).float(), torch.from_numpy(true)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_auroc_of_the_truth_of_its_opposite_and_of_a_constant():
+    """1, 0 and 1/2; any increasing function leaves it; nan where one class is missing; a truth that is not bool is refused."""
+    true = np.array([True, False, True, False, False])
+    score = np.array([0.9, 0.1, 0.8, 0.3, 0.2])
+    assert (auroc(score, true), auroc(-score, true), auroc(0 * score, true)) == (1, 0, 0.5)
+    assert auroc(np.exp(5 * score), true) == 1
+    assert np.isnan(auroc(score, np.zeros(5, bool))) and np.isnan(auroc(score, np.ones(5, bool)))
+    with pytest.raises(ValueError, match="the truth be bool"):
+        auroc(score, true.astype(float))

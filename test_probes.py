@@ -1,0 +1,176 @@
+"""Anomaly maps, label-efficient features and ensembles (§4.1) against ideal networks, known labels and known probabilities."""
+
+import pytest
+import torch
+
+import diffusion
+import probes
+import unet
+
+S = diffusion.linear_schedule()
+
+
+def healthy(n=4, side=8):
+    """A finite set of healthy images, far from each other, float64."""
+    return 0.8 * torch.randn(n, 1, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sign()
+
+
+def ideal(images):
+    """The eps_model of a network that has learned this finite set perfectly: x_0_hat is the posterior mean over it."""
+
+    def eps_model(xt, t, y=None):
+        a, s = (v.view(-1, 1, 1, 1) for v in (S.abar[t].sqrt(), (1 - S.abar[t]).sqrt()))
+        distance = (xt[:, None] - a[:, None] * images).square().sum((2, 3, 4))  # (B, n)
+        w = (-distance / (2 * s.view(-1, 1) ** 2)).softmax(1)
+        return (xt - a * torch.einsum("bn,nchw->bchw", w, images)) / s
+
+    return eps_model
+
+
+def painted(x0, value=0.5):
+    """The images with a square of rows 2, 3 and columns 5, 6 that is brighter; and where it is."""
+    where = torch.zeros_like(x0, dtype=torch.bool)
+    where[..., 2:4, 5:7] = True
+    return x0 + value * where, where
+
+
+def draws(like, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(like.shape, generator=g, dtype=like.dtype)
+
+
+# ------------------------------------------------------------------------------------- anomaly maps
+
+
+def test_sec41_the_anomaly_map_is_zero_on_healthy_pixels_and_known_where_a_square_was_painted():
+    """An ideal network: the square's value is mean_t abar / (1 - abar) 0.5^2, because eps_hat - eps = sqrt(abar) (x_0 - x_0_hat) / s."""
+    x0, ts = healthy(), range(100, 301, 20)
+    assert probes.anomaly_map(S, ideal(x0), x0, ts, draws(x0)).abs().max() < 1e-12
+    x, where = painted(x0)
+    found = probes.anomaly_map(S, ideal(x0), x, ts, draws(x0))
+    expected = sum(float(S.abar[t] / (1 - S.abar[t])) * 0.25 for t in ts) / len(ts)
+    assert found[~where].max() < 1e-12 and torch.allclose(found[where], torch.tensor(expected, dtype=torch.float64))
+
+
+def test_sec41_the_anomaly_map_is_a_mean_over_steps_each_with_its_own_noise():
+    """A network that always answers 0: the map is the mean of eps^2; it is asked at x_t, t and y, once a step, a repeated step twice."""
+    x0, asked = healthy(2), []
+
+    def silent(xt, t, y):
+        asked.append((xt, t, y))
+        return torch.zeros_like(xt)
+
+    found, noise = probes.anomaly_map(S, silent, x0, [50, 50, 400], draws(x0), "y"), draws(x0)
+    eps = [noise() for _ in range(3)]
+    torch.testing.assert_close(found, sum(e.square() for e in eps) / 3)
+    for (xt, t, y), step, e in zip(asked, [50, 50, 400], eps):
+        assert t.tolist() == [step, step] and y == "y"
+        torch.testing.assert_close(xt, diffusion.q_sample(S, x0, step, e))
+
+
+def test_sec41_the_reconstruction_is_the_healthy_image_and_the_residual_the_square():
+    """Noised to t = 300 and denoised in 7 passes by the ideal network; from t = 300, not from T."""
+    x0, steps, began = healthy(), [], []
+    x, where = painted(x0, 0.6)
+    model = lambda xt, t, y: steps.append(int(t[0])) or began.append(xt) or ideal(x0)(xt, t)
+    back = probes.reconstruct(S, model, x, 300, 7, draws(x0)())
+    torch.testing.assert_close(began[0], diffusion.q_sample(S, x, 300, draws(x0)()))
+    torch.testing.assert_close(back, x0)
+    torch.testing.assert_close(x - back, 0.6 * where.double())
+    assert steps == diffusion.ddim_timesteps(300, 7)[:-1]
+
+
+# ------------------------------------------------------------------------------------- label-efficient features
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    net = unet.UNet(channels=8, channel_mult=(1, 2), blocks=1, attention_at=(), head_channels=8, image_size=16)
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)  # its zero-initialised layers too
+    return net.eval().requires_grad_(False)
+
+
+def test_sec41_hooks_change_no_bit_and_are_removed(network):
+    """With and without them one and the same output; they are gone after the context, and after an error in it."""
+    x, t = torch.randn(2, 1, 16, 16), torch.tensor([3, 700])
+    plain = network(x, t)
+    with probes.recorded({"up": network.decoder[1], "head": network.head}) as seen:
+        assert torch.equal(network(x, t), plain)
+    assert torch.equal(seen["head"], plain) and seen["up"].shape == (2, 16, 16, 16)
+    with pytest.raises(RuntimeError, match="planted"), probes.recorded({"up": network.decoder[1]}):
+        raise RuntimeError("planted")
+    assert not any(m._forward_hooks for m in network.modules())
+    before = seen["head"]
+    network(x + 1, t)
+    assert seen["head"] is before
+
+
+def test_sec41_features_are_the_blocks_outputs_enlarged_at_every_step(network):
+    """In the order of steps, then blocks; the same noise for every image and every step."""
+    x0, eps, ts, blocks = 0.5 * torch.randn(1, 1, 16, 16).repeat(2, 1, 1, 1), torch.randn(1, 1, 16, 16), (50, 400), (3, 0)
+    found, expected = probes.features(S, network, x0, ts, blocks, eps), []
+    for t in ts:
+        with probes.recorded(dict(enumerate(network.decoder))) as seen:
+            network(diffusion.q_sample(S, x0, t, eps.repeat(2, 1, 1, 1)), torch.tensor([t, t]))
+        small = seen[0]
+        expected += [seen[3], torch.nn.functional.interpolate(small, size=(16, 16), mode="bilinear")]
+    assert small.shape[2] == 8 and found.shape == (2, 48, 16, 16)
+    torch.testing.assert_close(found, torch.cat(expected, 1))
+    assert torch.equal(found[0], found[1])
+
+
+def test_sec41_the_classifier_learns_a_mask_that_is_a_linear_function_of_the_features():
+    """Fresh pixels: 97 of 100 right. The ensemble's members differ, the same seed gives the same, and the caller's generator stays."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(4000, 6, generator=g), torch.randn(6, generator=g)
+    state = torch.get_rng_state()
+    classifiers = probes.fit(x[:2000], (x[:2000] @ w) > 0, members=2, steps=400)
+    assert torch.equal(torch.get_rng_state(), state)
+    images = x[2000:].view(5, 20, 20, 6).permute(0, 3, 1, 2)
+    p = probes.classify(classifiers, images)
+    assert p.shape == (5, 1, 20, 20) and ((p > 0.5).flatten() == (x[2000:] @ w > 0)).float().mean() > 0.97
+    one, other = (probes.classify([c], images) for c in classifiers)
+    assert not torch.allclose(one, other)
+    torch.testing.assert_close(p, (one + other) / 2)
+    torch.testing.assert_close(probes.classify(classifiers, images[:1]), p[:1])  # an image's answer is its own
+    again = probes.fit(x[:2000], (x[:2000] @ w) > 0, members=1, steps=400)
+    assert torch.equal(probes.classify(again, images), one)
+    assert not torch.allclose(probes.classify(probes.fit(x[:2000], (x[:2000] @ w) > 0, 1, 400, seed=1), images), one)
+
+
+def test_sec41_a_probability_stands_where_its_pixel_stands():
+    """A classifier that repeats the second feature: the map is its sigmoid, pixel by pixel."""
+    x = torch.randn(2, 3, 4, 5)
+    torch.testing.assert_close(probes.classify([lambda pixels: pixels[:, 1:2]], x), x[:, 1:2].sigmoid())
+
+
+# ------------------------------------------------------------------------------------- ensembles
+
+
+def test_sec41_identical_masks_have_no_variance_and_full_agreement():
+    """Nine times the same; and three of four that say yes."""
+    mask = torch.tensor([-1.0, 1.0, 1.0]).view(1, 1, 1, 1, 3)
+    mean, variance, sides = probes.agreement(mask.repeat(1, 9, 1, 1, 1))
+    assert mean.flatten().tolist() == [0, 1, 1] and variance.max() == 0 and sides.min() == 1
+    masks = mask.repeat(1, 4, 1, 1, 1)
+    masks[:, 0] *= -1
+    mean, variance, sides = probes.agreement(masks)
+    assert mean.shape == (1, 1, 1, 3) and mean.flatten().tolist() == [0.25, 0.75, 0.75]
+    assert variance.flatten().tolist() == [0.1875] * 3 and sides.flatten().tolist() == [0.75] * 3
+
+
+def test_sec41_calibration_counts_what_comes_true():
+    """True with probability p: no error but chance. Certain and right 7 times in 10: an error of 0.3. Empty bins are nan."""
+    g = torch.Generator().manual_seed(0)
+    p = torch.rand(200_000, generator=g, dtype=torch.float64)
+    mean, share, count = probes.calibration(p, torch.rand(len(p), generator=g) < p)
+    assert (mean - share).abs().max() < 0.015 and count.sum() == len(p) and (mean * 10).long().tolist() == list(range(10))
+    assert probes.expected_calibration_error(p, torch.rand(len(p), generator=g) < p) < 0.01
+    sure, right = torch.ones(10), torch.arange(10) < 7
+    mean, share, count = probes.calibration(sure, right)
+    assert (float(mean[-1]), float(share[-1])) == pytest.approx((1, 0.7)) and count.tolist() == [0] * 9 + [10] and mean[:9].isnan().all()
+    assert probes.expected_calibration_error(sure, right) == pytest.approx(0.3)
+    half = torch.cat([sure, torch.full((30,), 0.05)])  # 30 pixels that are never positive, at 0.05
+    assert probes.expected_calibration_error(half, torch.cat([right, torch.zeros(30) > 1])) == pytest.approx((10 * 0.3 + 30 * 0.05) / 40)
