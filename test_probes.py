@@ -50,6 +50,9 @@ def test_sec41_the_anomaly_map_is_zero_on_healthy_pixels_and_known_where_a_squar
     found = probes.anomaly_map(S, ideal(x0), x, ts, draws(x0))
     expected = sum(float(S.abar[t] / (1 - S.abar[t])) * 0.25 for t in ts) / len(ts)
     assert found[~where].max() < 1e-12 and torch.allclose(found[where], torch.tensor(expected, dtype=torch.float64))
+    signed = probes.anomaly_map(S, ideal(x0), 2 * x0 - x, ts, draws(x0), signed=True)  # the same square, darker
+    expected = -sum(float((S.abar[t] / (1 - S.abar[t])).sqrt()) * 0.5 for t in ts) / len(ts)
+    assert signed[~where].abs().max() < 1e-6 and torch.allclose(signed[where], torch.tensor(expected, dtype=torch.float64))
 
 
 def test_sec41_the_anomaly_map_is_a_mean_over_steps_each_with_its_own_noise():
