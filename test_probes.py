@@ -1,10 +1,17 @@
 """Anomaly maps, label-efficient features and ensembles (§4.1) against ideal networks, known labels and known probabilities."""
 
+import dataclasses
+import json
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import data
 import diffusion
 import probes
+import train
 import unet
 
 S = diffusion.linear_schedule()
@@ -19,7 +26,7 @@ def ideal(images):
     """The eps_model of a network that has learned this finite set perfectly: x_0_hat is the posterior mean over it."""
 
     def eps_model(xt, t, y=None):
-        a, s = (v.view(-1, 1, 1, 1) for v in (S.abar[t].sqrt(), (1 - S.abar[t]).sqrt()))
+        a, s = (v.view(-1, 1, 1, 1).to(xt.dtype) for v in (S.abar[t].sqrt(), (1 - S.abar[t]).sqrt()))
         distance = (xt[:, None] - a[:, None] * images).square().sum((2, 3, 4))  # (B, n)
         w = (-distance / (2 * s.view(-1, 1) ** 2)).softmax(1)
         return (xt - a * torch.einsum("bn,nchw->bchw", w, images)) / s
@@ -177,3 +184,151 @@ def test_sec41_calibration_counts_what_comes_true():
     assert probes.expected_calibration_error(sure, right) == pytest.approx(0.3)
     half = torch.cat([sure, torch.full((30,), 0.05)])  # 30 pixels that are never positive, at 0.05
     assert probes.expected_calibration_error(half, torch.cat([right, torch.zeros(30) > 1])) == pytest.approx((10 * 0.3 + 30 * 0.05) / 40)
+
+
+# ------------------------------------------------------------------------------------- the studies
+
+SIDE = 32
+
+
+def config(**changes):
+    settings = {"task": "synthesis", "image_size": SIDE, "classes": ("Normal",), "lr": 0.01, "target": "x0"}
+    settings |= {"channels": 16, "channel_mult": (1, 2, 2), "blocks": 1, "attention_levels": (), "head_channels": 16}
+    return train.Config(**settings | changes)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """Two healthy X-rays in the lung tree, and in the infection tree the same two with a brighter square in the left lung."""
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    well = data.to_uint8(healthy(2, SIDE))
+    lung, square = np.zeros((SIDE, SIDE), np.uint8), np.zeros((SIDE, SIDE), np.uint8)
+    lung[4:28, 3:14], square[10:18, 5:12] = 255, 255
+    sick = np.where(square > 0, np.clip(well.astype(int) + 60, 0, 255), well).astype(np.uint8)
+
+    def save(tree, split, c, i, **kinds):
+        name = data.NAMES[c].format(f"{split}{i}")
+        for kind, picture in kinds.items():
+            file = tmp_path / "set" / data.TREES[tree] / split / c / kind.replace("_", " ") / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(file)
+
+    for split in data.SPLITS:
+        for i in range(2):
+            for c in data.CLASSES:
+                save("lung", split, c, i, images=well[i, 0], lung_masks=lung)
+                save("infection", split, c, i, images=sick[i, 0], lung_masks=lung, infection_masks=square)
+    return tmp_path / "set"
+
+
+def test_sec41_an_ideal_network_of_healthy_xrays_finds_every_infected_pixel_and_no_other(root, monkeypatch):
+    """AUROC 1 by the loss, by its sign and by the reconstruction, at a cost of 1 healthy pixel in 20; the gray value alone does not know."""
+    monkeypatch.setattr(probes, "SMOOTH", 1)
+    monkeypatch.setattr(probes, "BAND", range(200, 301, 50))
+    monkeypatch.setattr(train, "eps_model_of", lambda *_: ideal(data.to_float(data.to_uint8(healthy(2, SIDE)))))
+    seen = []
+    found = probes.anomalies(None, config(), root, torch.device("cpu"), 2, lambda *at: seen.append(at))
+    for name in ("loss, Eq. (7)", "signed", "X-ray - reconstruction"):
+        assert found["maps"][name]["AUROC"] == pytest.approx(1, abs=1e-3) and found["maps"][name]["Sensitivity"] == 1, name
+        assert abs(found["maps"][name]["threshold"]) < 1e-5 and found["maps"][name]["Specificity"] == pytest.approx(0.95, abs=0.05)
+    assert 0.5 < found["maps"]["gray value itself"]["AUROC"] < 0.9 and found["maps"]["gray value itself"]["DICE index"] < 0.9
+    assert (found["images"], found["healthy images"], found["infected share"]) == (2, 2, pytest.approx(56 / 264)) and seen[-1] == (2, 2)
+
+
+def test_sec41_a_map_is_the_mean_of_its_neighbourhood_and_needs_nothing_beyond_the_edge():
+    """Squares of 5; at the border the mean of the pixels that are there."""
+    x = torch.zeros(1, 1, 9, 9)
+    x[0, 0, 4, 4] = x[0, 0, 0, 0] = 1
+    found = probes.smooth(x)
+    assert float(found[0, 0, 4, 4]) == pytest.approx(1 / 25) and float(found[0, 0, 0, 0]) == pytest.approx(1 / 9)
+
+
+def few_images(n, seed):
+    """X-rays whose mask is where they are bright: smooth random pictures."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.nn.functional.interpolate(torch.randn(n, 1, 4, 4, generator=g), size=(SIDE, SIDE), mode="bicubic").clamp(-1, 1)
+    return x, x > 0.2
+
+
+def random_network(cfg):
+    model = train.build_model(cfg)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    return model.eval().requires_grad_(False)
+
+
+def test_sec41_both_learners_find_bright_pixels_from_a_few_images():
+    """Probe of a random network, and the same U-Net from scratch: unseen images, 0.85 DICE; of other seeds, other answers."""
+    (x, positive), (unseen, true), cfg = few_images(6, 0), few_images(4, 1), config()
+    dice = lambda p: 2 * float(((p > 0.5) & true).sum()) / float((p > 0.5).sum() + true.sum())
+    learners = {
+        "probe": lambda seed: probes.probe(random_network(cfg), cfg, x, positive, seed, torch.device("cpu"), members=2),
+        "from scratch": lambda seed: probes.from_scratch(cfg, x, positive, seed, torch.device("cpu"), steps=60),
+    }
+    for name, learner in learners.items():
+        p, other = learner(0)(unseen), learner(1)(unseen)
+        assert p.shape == unseen.shape and 0 <= p.min() and p.max() <= 1 and dice(p) > 0.85, name
+        assert not torch.allclose(p, other), name
+
+
+def test_sec41_both_learners_see_the_same_few_images_and_all_of_validation(root, monkeypatch):
+    """Of a draw the fewer are among the more; DICE 1 for the truth and 0 for its opposite."""
+    given, true = [], torch.zeros(2, 1, SIDE, SIDE, dtype=torch.bool)
+    true[..., 10:18, 5:12] = True
+    learn = lambda answer: lambda *a: given.append((a[-4], a[-3], a[-2])) or (lambda images: answer[: len(images)].float())
+    monkeypatch.setattr(probes, "probe", learn(true))
+    monkeypatch.setattr(probes, "from_scratch", learn(~true))
+    rows = probes.few_labels(None, config(), "infection", root, torch.device("cpu"), (1, 2), 3, 64)
+    assert [(r["labels"], r["draw"]) for r in rows] == [(n, draw) for draw in range(3) for n in (1, 2)]
+    assert all(r["probe"] == 1 and r["from scratch"] == 0 for r in rows)
+    for a, b in zip(given[::2], given[1::2]):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2]
+    assert [len(x) for x, _, _ in given[::2]] == [1, 2] * 3
+    assert all(torch.equal(one[0][0], two[0][0]) for one, two in zip(given[::4], given[2::4]))
+    assert all(torch.equal(positive, true[: len(x)]) for x, positive, _ in given)
+    with pytest.raises(train.UserError, match="--labels must be at most the 2 images of Train, got 3"):
+        probes.few_labels(None, config(), "infection", root, torch.device("cpu"), (3,), 1)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(**config) -> a folder with last.pt."""
+
+    def write(**changes):
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        cfg = config(**changes)
+        state = {"config": dataclasses.asdict(cfg), "step": 7, "ema": train.build_model(cfg).state_dict()}
+        torch.save(state, folder / "last.pt")
+        return str(folder)
+
+    return write
+
+
+def test_the_command_prints_its_table_and_writes_its_numbers(root, run, tmp_path, monkeypatch, capsys):
+    """Both studies; the JSON says where the numbers come from."""
+    words = ["--data", str(root), "--device", "cpu", "--out", str(tmp_path / "out" / "numbers.json")]
+    assert probes.main(["anomalies", run(), *words]) == 0
+    assert "| signed |" in capsys.readouterr().out
+    numbers = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert {"commit", "hardware", "torch", "seed", "data", "maps"} <= numbers.keys() and numbers["data"] == "X-rays"
+    rows = [{"labels": 5, "draw": k, "probe": 0.5 + k, "from scratch": 0.25} for k in range(2)]
+    monkeypatch.setattr(probes, "few_labels", lambda *_: rows)
+    assert probes.main(["labels", run(classes=data.CLASSES), *words]) == 0
+    assert "| 5 | 1.0000 ± 0.7071 | 0.2500 ± 0.0000 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "message"),
+    [
+        (["anomalies"], {"classes": data.CLASSES}, "healthy X-rays alone (--classes Normal), got COVID-19, Non-COVID, Normal"),
+        (["labels"], {"task": "lung", "cond": "none"}, "must be a run of --task synthesis, got lung"),
+        (["labels", "--draws", "0"], {}, "--draws must be at least 1, got 0"),
+        (["labels", "--labels", "5", "0"], {}, "--labels must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(run, words, changes, message, capsys):
+    """The rule and the offending value."""
+    assert probes.main([words[0], run(**changes), *words[1:], "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("probes.py: error: ") and message in error and error.count("\n") == 1
