@@ -222,7 +222,7 @@ def root(tmp_path, monkeypatch):
 
 
 def test_sec41_an_ideal_network_of_healthy_xrays_finds_every_infected_pixel_and_no_other(root, monkeypatch):
-    """AUROC 1 by the loss, by its sign and by the reconstruction, at a cost of 1 healthy pixel in 20; the gray value alone does not know."""
+    """AUROC 1 by the loss, by its sign and by the reconstruction, at a cost of 1 healthy pixel in 20; gray values do not know."""
     monkeypatch.setattr(probes, "SMOOTH", 1)
     monkeypatch.setattr(probes, "BAND", range(200, 301, 50))
     monkeypatch.setattr(train, "eps_model_of", lambda *_: ideal(data.to_float(data.to_uint8(healthy(2, SIDE)))))

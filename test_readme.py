@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent
@@ -19,7 +20,7 @@ def commands(script):
     return sorted({call.split("#")[0].strip() for call in calls if call.startswith(f"python {script} ")})
 
 
-@pytest.mark.parametrize("symbol", sorted(set(re.findall(r"`((?:diffusion|unet|rrdb|score|metrics|data|train|sample|benchmark)\.\w+)`", README))))
+@pytest.mark.parametrize("symbol", sorted(set(re.findall(r"`((?:diffusion|unet|rrdb|score|metrics|data|train|sample|benchmark|probes)\.\w+)`", README))))
 def test_every_symbol_exists(symbol):
     """`module.name` in the README can be imported."""
     module, name = symbol.split(".")
@@ -128,12 +129,19 @@ def test_the_tables_of_speed_are_what_benchmark_py_printed():
 
 
 def test_the_table_of_samplers_is_that_of_results():
-    """Each row `| sampler | passes | Fréchet distance | DICE |`, and no other."""
+    """Each row `| sampler | passes | Fréchet distance | DICE |`, mean ± standard deviation of the seeds, and no other."""
     result = json.loads((ROOT / "results" / "samplers" / "small-phantoms.json").read_text(encoding="utf-8"))
     table = README.split("| sampler | passes | synthesis: Fréchet distance | lung: DICE |")[1].split("\n\n")[0]
-    cell = lambda row, key, digits: f"{row[key]:.{digits}f}" if key in row else ""
-    rows = [f"| {r['sampler']} | {r['passes']} | {cell(r, 'synthesis', 3)} | {cell(r, 'lung', 4)} |" for r in result["rows"]]
-    assert table.splitlines()[2:] == rows and len(rows) > 8 and {"commit", "hardware", "torch", "seed", "commands"} <= result.keys()
+    cell = lambda values, digits: f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}" if values else ""
+    rows = [f"| {r['sampler']} | {r['passes']} | {cell(r.get('synthesis'), 3)} | {cell(r.get('lung'), 4)} |" for r in result["rows"]]
+    assert table.splitlines()[2:] == rows and len(rows) > 8 and {"commit", "hardware", "torch", "seeds", "commands"} <= result.keys()
+    assert all(len(r.get(key, result["seeds"])) == len(result["seeds"]) for r in result["rows"] for key in ("synthesis", "lung"))
+
+
+@pytest.mark.parametrize("command", commands("probes.py"))
+def test_every_study_command_is_accepted(command):
+    """probes.py parses it."""
+    assert importlib.import_module("probes").parse(shlex.split(command)[2:]).run.startswith("runs/")
 
 
 @pytest.mark.parametrize("command", commands("benchmark.py"))
