@@ -218,7 +218,11 @@ def test_files_of_phantoms_repeat_beyond_those_drawn(monkeypatch, tmp_path):
     assert min(benchmark.decoding_seconds(tmp_path, 122)) > 0
 
 
-REFUSALS = [("--rounds 0", "--rounds must be at least 1, got 0"), ("--decode 0", "--decode must be at least 1, got 0"), ("--channels 6", "head_channels must divide")]
+REFUSALS = [
+    ("--rounds 0", "--rounds must be at least 1, got 0"),
+    ("--decode 0", "--decode must be at least 1, got 0"),
+    ("--channels 6", "head_channels must divide"),
+]
 
 
 @pytest.mark.parametrize("words, message", REFUSALS)

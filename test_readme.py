@@ -20,7 +20,10 @@ def commands(script):
     return sorted({call.split("#")[0].strip() for call in calls if call.startswith(f"python {script} ")})
 
 
-@pytest.mark.parametrize("symbol", sorted(set(re.findall(r"`((?:diffusion|unet|rrdb|score|metrics|data|train|sample|benchmark|probes)\.\w+)`", README))))
+MODULES = "|".join(file.stem for file in ROOT.glob("*.py") if not file.stem.startswith("test_"))
+
+
+@pytest.mark.parametrize("symbol", sorted(set(re.findall(rf"`((?:{MODULES})\.\w+)`", README))))
 def test_every_symbol_exists(symbol):
     """`module.name` in the README can be imported."""
     module, name = symbol.split(".")

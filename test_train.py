@@ -534,7 +534,8 @@ def test_sec21_the_losses_of_ncsn_and_of_the_sde_are_those_of_score_py(target):
         t = torch.full((4,), steps, dtype=torch.float64)
         loss = train.score_matching(1000, model, x0, None, t, eps, target)
         assert heard[-1].tolist() == [steps] * 4
-        eps_hat = lambda x, a=a, std=std: {"eps": 1, "v": a, "x0": -a / std}[target] * (answer + 0.1 * x) + {"eps": 0, "v": std, "x0": 1 / std}[target] * x
+        of_answer, of_x = {"eps": (1, 0), "v": (a, std), "x0": (-a / std, 1 / std)}[target]
+        eps_hat = lambda x, p=of_answer, q=of_x: p * (answer + 0.1 * x) + q * x
         assert float(loss) == pytest.approx(float(score.sde_loss(process, lambda x, _: -eps_hat(x) / std, x0, steps / 1000, eps)))
         sigma = torch.full((4,), std / a, dtype=torch.float64)
         assert float(loss) == pytest.approx(float(score.dsm_loss(lambda y, _: -eps_hat(a * y) / (std / a), x0, sigma, eps)))
