@@ -32,8 +32,8 @@ def cells(path, kind):
 def project(tmp_path_factory):
     """A copy of the modules and notebooks, with a few small phantoms and no runs: what the kernels write stays there."""
     root = tmp_path_factory.mktemp("project")
-    for file in [*ROOT.glob("*.py"), *ROOT.glob("notebooks/*.*")]:
-        (root / file.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("notebooks/*.*"), *ROOT.glob("results/*/*.json")]:
+        (root / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, root / file.relative_to(ROOT))
     for tree in data.PHANTOM_COUNTS:
         counts = {split: dict.fromkeys(data.CLASSES, n) for split, n in (("Train", 4), ("Val", 4), ("Test", 1))}
