@@ -64,6 +64,8 @@ def test_sec21_the_reports_steps_have_eq_2_at_every_step_and_its_noise_levels():
         assert process.marginal(k / 1000) == pytest.approx((math.sqrt(S.abar[k]), math.sqrt(1 - S.abar[k])), rel=1e-9)
         assert sc.time_of(process, sc.level(process, k / 1000)) == pytest.approx(k / 1000, abs=1e-9)
     assert process.marginal(0.0) == (1.0, 0.0)
+    first, second = S.alpha[1:3].log().tolist()
+    assert process.f(0.0) == pytest.approx(1000 * (1.5 * first - 0.5 * second) / 2)  # the slope at 0 goes on as it comes
     assert (f"{sc.level(process, 1e-3):.4f}", f"{sc.level(process, 1.0):.1f}") == ("0.0100", "157.4")
     assert sc.time_of(process, 1e6) == pytest.approx(1) and sc.time_of(process, 0.0) == pytest.approx(0)
 
@@ -243,6 +245,13 @@ def test_runge_kutta_is_of_the_fifth_order_and_counts_its_evaluations():
     assert found[0] < found[1] < 400
     x, _ = sc.ode_rk45(lambda x, t: 5 * torch.full_like(x, t) ** 4, torch.zeros(1, dtype=torch.float64), 0.0, 1.0, 1e9, 1e9)
     assert float(x) == pytest.approx(1, abs=1e-12)  # exact for polynomials of degree 4, however large the steps
+
+
+def test_runge_kutta_takes_no_step_that_is_too_long():
+    """A rotation of 40 radians, whose first step of 2 would miss by percents: the radius is 1 and the angle 40 to 1e-4."""
+    turn = torch.tensor([[0.0, -20.0], [20.0, 0.0]], dtype=torch.float64)
+    x, _ = sc.ode_rk45(lambda x, t: x @ turn.T, torch.tensor([1.0, 0.0], dtype=torch.float64), 0.0, 2.0, 1e-7, 1e-7)
+    assert x.tolist() == pytest.approx([math.cos(40), math.sin(40)], abs=1e-4)
 
 
 def test_sec32_euler_in_the_noise_level_is_ddim():

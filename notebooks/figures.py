@@ -30,7 +30,7 @@ class Picture(Figure):
         self.savefig(drawn, dpi=90)
         pixels = np.asarray(Image.open(drawn).convert("RGB")).astype(int)  # and then small, because noise hardly compresses:
         gray = pixels.mean(2, keepdims=True).astype(int)
-        gray, colours = gray // 4 * 4 + gray // 64, pixels // 32 * 32 + 16  # 64 grays, 0 stays black and 255 white, and few colours
+        gray, colours = gray // 4 * 4 + gray // 64, pixels // 16 * 16 + 8  # 64 grays, 0 stays black and 255 white, and few colours
         if (np.ptp(pixels, 2) <= 16).all():
             picture = Image.fromarray(gray[..., 0].astype(np.uint8))
         else:
