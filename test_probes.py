@@ -199,12 +199,16 @@ def config(**changes):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """Two healthy X-rays in the lung tree, and in the infection tree the same two with a brighter square in the left lung."""
+    """Two healthy X-rays in the lung tree, and in the infection tree the same two with a brighter square in the left lung.
+
+    Outside their lungs both have something bright that is no infection.
+    """
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     well = data.to_uint8(healthy(2, SIDE))
-    lung, square = np.zeros((SIDE, SIDE), np.uint8), np.zeros((SIDE, SIDE), np.uint8)
-    lung[4:28, 3:14], square[10:18, 5:12] = 255, 255
-    sick = np.where(square > 0, np.clip(well.astype(int) + 60, 0, 255), well).astype(np.uint8)
+    lung, short, square, marker, label = (np.zeros((SIDE, SIDE), np.uint8) for _ in range(5))
+    lung[4:28, 3:14], short[4:20, 3:14], square[10:18, 5:12], marker[10:18, 20:28], label[20:26, 3:14] = [255] * 5
+    brighter = lambda where, by: np.where(where > 0, np.clip(well.astype(int) + by, 0, 255), well).astype(np.uint8)
+    sick, labelled = brighter(square | marker, 60), brighter(label, 150)
 
     def save(tree, split, c, i, **kinds):
         name = data.NAMES[c].format(f"{split}{i}")
@@ -216,7 +220,7 @@ def root(tmp_path, monkeypatch):
     for split in data.SPLITS:
         for i in range(2):
             for c in data.CLASSES:
-                save("lung", split, c, i, images=well[i, 0], lung_masks=lung)
+                save("lung", split, c, i, images=labelled[i, 0], lung_masks=short)
                 save("infection", split, c, i, images=sick[i, 0], lung_masks=lung, infection_masks=square)
     return tmp_path / "set"
 
