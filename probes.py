@@ -209,19 +209,22 @@ def anomalies(model, cfg, root, device, images=64, progress=None):
         threshold = float(np.percentile(there[healthy_lungs], PERCENTILE))
         scores = metrics.scores(metrics.confusion(here[lung][None] > threshold, true[lung][None]).pooled())
         result[name] = {"AUROC": metrics.auroc(here[lung], true[lung]), "threshold": threshold} | scores
+    everything = metrics.scores(metrics.confusion(lung[lung][None], true[lung][None]).pooled())
+    result["every pixel of the lungs"] = {"AUROC": 0.5} | everything
     return {"images": len(rows), "healthy images": len(healthy_rows), "infected share": float(true[lung].mean()), "maps": result}
 
 
 # ------------------------------------------------------------------------------------- the study of few labels
 
-STEPS, BLOCKS = (50, 150, 250), (2, 3, 4, 5)  # [3]: where the activations are taken
+STEPS = (50, 150, 250)  # where the activations are taken [3]; and in the middle half of the decoder's blocks
 
 
 def probe(model, cfg, x, positive, seed, device, members=10):
     """segment(images) -> probabilities: a pixel classifier on the network's activations. x (n, 1, H, W) and positive: labelled images."""
     s = diffusion.linear_schedule(cfg.T)
     eps = diffusion.ImageNoise(train.EVAL_SEED, [seed], x.shape[1:], device=device)()  # (1, 1, H, W)
-    of = lambda images: features(s, model.unet, images.to(device), STEPS, BLOCKS, eps)
+    n = len(model.unet.decoder)
+    of = lambda images: features(s, model.unet, images.to(device), STEPS, range(n // 4, n - n // 4), eps)
     f = torch.cat([of(x[i : i + 8]) for i in range(0, len(x), 8)])
     classifiers = fit(f.permute(0, 2, 3, 1).flatten(0, 2), positive.to(device).flatten(), members, steps=500, batch=256, seed=seed)
     return lambda images: torch.cat([classify(classifiers, of(images[i : i + 8])).cpu() for i in range(0, len(images), 8)])

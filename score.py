@@ -39,7 +39,7 @@ class Process(NamedTuple):
 def vp(beta_min=0.1, beta_max=20.0):
     r"""The variance-preserving SDE [20]:   dx = -beta(t)/2 x dt + sqrt(beta(t)) dw,   beta(t) = beta_min + t (beta_max - beta_min).
 
-    a = exp(-1/2 int_0^t beta),  s^2 = 1 - a^2. In 1000 steps it is the linear schedule of §3.2.
+    a = exp(-1/2 int_0^t beta),  s^2 = 1 - a^2. Discretised in 1000 steps it is the linear schedule of §3.2; steps_of has its abar exactly.
     """
     beta = lambda t: beta_min + t * (beta_max - beta_min)
     log_a = lambda t: -t * beta_min / 2 - t**2 * (beta_max - beta_min) / 4
@@ -204,7 +204,7 @@ def langevin(score, noise, sigmas, steps=100, step=2e-5, denoise=True):
 
 
 def times(steps, t_end=1e-3, T=None, rho=1.0):
-    """1, ..., t_end: steps + 1 times, evenly spaced in t^(1/rho); with T, each the nearest k / T. At t = 0 itself the score is infinite.
+    """1, ..., t_end: steps + 1 times, evenly spaced in t^(1/rho); with T, each the nearest k / T. At t = 0 itself -eps / s would divide by zero.
 
     With few steps rho = 1 leaves grain: the last step is long, and adds the noise of its length.
     """

@@ -236,6 +236,7 @@ def test_sec41_an_ideal_network_of_healthy_xrays_finds_every_infected_pixel_and_
         assert found["maps"][name]["AUROC"] == pytest.approx(1, abs=1e-3) and found["maps"][name]["Sensitivity"] == 1, name
         assert abs(found["maps"][name]["threshold"]) < 1e-5 and found["maps"][name]["Specificity"] == pytest.approx(0.95, abs=0.05)
     assert 0.5 < found["maps"]["gray value itself"]["AUROC"] < 0.9 and found["maps"]["gray value itself"]["DICE index"] < 0.9
+    assert found["maps"]["every pixel of the lungs"]["DICE index"] == pytest.approx(2 * 56 / (264 + 56))
     assert (found["images"], found["healthy images"], found["infected share"]) == (2, 2, pytest.approx(56 / 264)) and seen[-1] == (2, 2)
 
 
