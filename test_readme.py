@@ -147,6 +147,16 @@ def test_every_study_command_is_accepted(command):
     assert importlib.import_module("probes").parse(shlex.split(command)[2:]).run.startswith("runs/")
 
 
+def test_the_tables_of_the_studies_are_what_probes_py_printed():
+    """Each JSON of results/probes/ as the script's own table, word for word."""
+    files = sorted((ROOT / "results" / "probes").glob("*.json"))
+    assert len(files) >= 2
+    for file in files:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        assert importlib.import_module("probes").table(result) in README, file.name
+        assert {"commit", "hardware", "torch", "data", "seed"} <= result.keys()
+
+
 @pytest.mark.parametrize("command", commands("benchmark.py"))
 def test_every_benchmark_command_is_accepted(command):
     """benchmark.py parses it."""
