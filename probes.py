@@ -175,8 +175,8 @@ def anomaly_maps(model, cfg, images, index, device):
     s = diffusion.linear_schedule(cfg.T)
     net, x0 = train.eps_model_of(model, cfg, s, device), images.to(device)
     noise = lambda: diffusion.ImageNoise(train.EVAL_SEED, index, x0.shape[1:], device=device)
-    gray = noise()
-    back = sum(reconstruct(s, net, x0, cfg.T // 2, 10, gray()) for _ in range(4)) / 4
+    fresh = noise()
+    back = sum(reconstruct(s, net, x0, cfg.T // 2, 10, fresh()) for _ in range(4)) / 4
     maps = {
         "loss, Eq. (7)": anomaly_map(s, net, x0, BAND, noise()),
         "signed": anomaly_map(s, net, x0, BAND, noise(), signed=True),
