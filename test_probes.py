@@ -316,7 +316,7 @@ def test_the_command_prints_its_table_and_writes_its_numbers(root, run, tmp_path
     assert probes.main(["anomalies", run(), *words]) == 0
     assert "| signed |" in capsys.readouterr().out
     numbers = json.loads((tmp_path / "out" / "numbers.json").read_text())
-    assert {"commit", "hardware", "torch", "seed", "data", "maps"} <= numbers.keys() and numbers["data"] == "X-rays"
+    assert {"study", "commit", "hardware", "torch", "seed", "data", "maps"} <= numbers.keys() and numbers["data"] == "X-rays"
     rows = [{"labels": 5, "draw": k, "probe": 0.5 + k, "from scratch": 0.25} for k in range(2)]
     monkeypatch.setattr(probes, "few_labels", lambda *_: rows)
     assert probes.main(["labels", run(classes=data.CLASSES), *words]) == 0
