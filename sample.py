@@ -35,7 +35,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch.nn import functional as F
 
@@ -236,17 +235,8 @@ def start(args):
 
 def main(argv=None):
     args = parse(argv)
-    try:
-        return start(args)
-    except (UserError, data.DataError, OSError) as e:
-        print(f"sample.py: error: {e}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("sample.py: error: out of memory; try a smaller --ensemble, or --device cpu", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nsample.py: stopped; the files written until now are whole", file=sys.stderr)
-        return 130
+    more = "try a smaller --ensemble, or --device cpu"
+    return train.exit_status("sample.py", lambda: start(args), more, "the files written until now are whole")
 
 
 if __name__ == "__main__":

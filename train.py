@@ -502,12 +502,11 @@ def score_matching(T, model, x0, y, t, eps, target):
 
     An NCSN of noise level sigma = s / a is the same network, fed with x / sqrt(1 + sigma^2).
     """
-    marginals = [process_of(T).marginal(float(u) / T) for u in t]
-    a, std = (torch.tensor(v, dtype=x0.dtype, device=x0.device).reshape(-1, 1, 1, 1) for v in zip(*marginals))
-    xt = a * x0 + std * eps
+    abar = torch.tensor([process_of(T).marginal(float(u) / T)[0] ** 2 for u in t], dtype=torch.float64)
+    s, i = diffusion.Schedule(None, None, abar), torch.arange(len(t))  # entry i is the abar of image i
+    xt = diffusion.q_sample(s, x0, i, eps)
     answer = model(xt, t.to(xt.device), y).to(x0.dtype)
-    eps_hat = {"eps": lambda: answer, "v": lambda: a * answer + std * xt, "x0": lambda: (xt - a * answer) / std}[target]()
-    return (eps_hat - eps).square().mean()
+    return (diffusion.eps_of(s, target, answer, xt, i) - eps).square().mean()
 
 
 class Trainer:
@@ -1232,6 +1231,21 @@ def start(args, command):
     run.write("results.json", lambda f: f.write_text(json.dumps(facts, indent=1), encoding="utf-8"))
     say(f"\n{table}\n\ncheckpoint, pictures and numbers: {folder}/")
     return 0
+
+
+def exit_status(program, work, less_memory, left_behind):
+    """What work() returns, or after one line about it: 2 for bad input or too little memory, 130 for Ctrl-C. sample.py's and probes.py's."""
+    try:
+        return work()
+    except (UserError, data.DataError, OSError) as e:
+        print(f"{program}: error: {e}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(f"{program}: error: out of memory; {less_memory}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{program}: stopped; {left_behind}", file=sys.stderr)
+        return 130
 
 
 def main(argv=None):
