@@ -37,20 +37,23 @@ from diffusion import ddim_sample, q_sample
 
 
 @torch.inference_mode()
-def anomaly_map(s, eps_model, x0, ts, noise, y=None, signed=False):
-    r"""Eq. (7) pixel by pixel, mean over steps and noises:   mean_t (eps_theta(x_t, t) - eps)^2,   (B, 1, H, W), 0 or more.
+def anomaly_map(s, eps_model, x0, ts, noise, y=None):
+    r"""Eq. (7) pixel by pixel, mean over steps and noises, and the same without the square: two maps (B, 1, H, W).
+
+        loss    mean_t (eps_theta(x_t, t) - eps)^2,   0 or more
+        signed  mean_t (eps_theta(x_t, t) - eps),     where eps_theta - eps = sqrt(abar_t / (1 - abar_t)) (x_0 - x_0_hat): above 0
+                where the image is brighter than the network expects. Errors that point both ways cancel
 
     ts       the steps, such as range(400, 601, 10); a step that is listed twice is visited with two noises
     noise()  fresh eps (B, 1, H, W) for each of them
-    signed   without the square: eps_theta - eps = sqrt(abar_t / (1 - abar_t)) (x_0 - x_0_hat), above 0 where the image is
-             brighter than the network expects. Errors that point both ways then cancel in the mean
     """
-    total = torch.zeros_like(x0)
+    loss, signed = torch.zeros_like(x0), torch.zeros_like(x0)
     for t in ts:
         eps = noise()
         error = eps_model(q_sample(s, x0, t, eps), torch.full((len(x0),), t, device=x0.device), y) - eps
-        total += error if signed else error.square()
-    return total / len(ts)
+        loss += error.square()
+        signed += error
+    return loss / len(ts), signed / len(ts)
 
 
 def reconstruct(s, eps_model, x0, t, steps, eps, y=None):
@@ -92,6 +95,11 @@ def features(s, unet, x0, ts, blocks, eps):
     return torch.cat(found, 1)
 
 
+def pixels(x):
+    """(B, D, H, W) -> (B H W, D): what a pixel classifier takes."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
 def pixel_classifier(D):
     """D numbers of a pixel -> its logit: two hidden layers of 128 and 32 with ReLU and batch norm [3]."""
     hidden = [[nn.Linear(a, b), nn.ReLU(), nn.BatchNorm1d(b)] for a, b in ((D, 128), (128, 32))]
@@ -101,7 +109,7 @@ def pixel_classifier(D):
 def fit(x, positive, members=10, steps=2000, batch=64, lr=1e-3, seed=0):
     """An ensemble of pixel classifiers [3], each from its own weights and its own order of the pixels: a list of modules.
 
-    x         (pixels, D) features, such as features(...).permute(0, 2, 3, 1).flatten(0, 2)
+    x         (pixels, D) features, such as pixels(features(...))
     positive  (pixels,) bool
     steps     of Adam, `batch` pixels each
     """
@@ -123,8 +131,8 @@ def fit(x, positive, members=10, steps=2000, batch=64, lr=1e-3, seed=0):
 
 def classify(classifiers, x):
     """(B, D, H, W) features -> (B, 1, H, W), the probability of a positive pixel, mean over the ensemble."""
-    pixels = x.permute(0, 2, 3, 1).flatten(0, 2)  # (B H W, D)
-    p = sum(classifier(pixels).sigmoid() for classifier in classifiers) / len(classifiers)
+    rows = pixels(x)
+    p = sum(classifier(rows).sigmoid() for classifier in classifiers) / len(classifiers)
     return p.view(len(x), 1, *x.shape[2:])
 
 
@@ -177,11 +185,8 @@ def anomaly_maps(model, cfg, images, index, device):
     noise = lambda: diffusion.ImageNoise(train.EVAL_SEED, index, x0.shape[1:], device=device)
     fresh = noise()
     back = sum(reconstruct(s, net, x0, cfg.T // 2, 10, fresh()) for _ in range(4)) / 4
-    maps = {
-        "loss, Eq. (7)": anomaly_map(s, net, x0, BAND, noise()),
-        "signed": anomaly_map(s, net, x0, BAND, noise(), signed=True),
-        "X-ray - reconstruction": x0 - back,
-    }
+    loss, signed = anomaly_map(s, net, x0, BAND, noise())
+    maps = {"loss, Eq. (7)": loss, "signed": signed, "X-ray - reconstruction": x0 - back}
     return {name: smooth(found).cpu() for name, found in maps.items()}
 
 
@@ -226,7 +231,7 @@ def probe(model, cfg, x, positive, seed, device, members=10):
     n = len(model.unet.decoder)
     of = lambda images: features(s, model.unet, images.to(device), STEPS, range(n // 4, n - n // 4), eps)
     f = torch.cat([of(x[i : i + 8]) for i in range(0, len(x), 8)])
-    classifiers = fit(f.permute(0, 2, 3, 1).flatten(0, 2), positive.to(device).flatten(), members, steps=500, batch=256, seed=seed)
+    classifiers = fit(pixels(f), positive.to(device).flatten(), members, steps=500, batch=256, seed=seed)
     return lambda images: torch.cat([classify(classifiers, of(images[i : i + 8])).cpu() for i in range(0, len(images), 8)])
 
 
@@ -334,14 +339,8 @@ def study(args):
 
 
 def main(argv=None):
-    try:
-        return study(parse(argv))
-    except (train.UserError, data.DataError, OSError) as e:
-        print(f"probes.py: error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nprobes.py: stopped", file=sys.stderr)
-        return 130
+    args = parse(argv)
+    return train.exit_status("probes.py", lambda: study(args), "try fewer --images, or --device cpu", "nothing was written")
 
 
 if __name__ == "__main__":

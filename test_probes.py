@@ -52,12 +52,12 @@ def draws(like, seed=1):
 def test_sec41_the_anomaly_map_is_zero_on_healthy_pixels_and_known_where_a_square_was_painted():
     """An ideal network: the square's value is mean_t abar / (1 - abar) 0.5^2, because eps_hat - eps = sqrt(abar) (x_0 - x_0_hat) / s."""
     x0, ts = healthy(), range(100, 301, 20)
-    assert probes.anomaly_map(S, ideal(x0), x0, ts, draws(x0)).abs().max() < 1e-12
+    assert probes.anomaly_map(S, ideal(x0), x0, ts, draws(x0))[0].abs().max() < 1e-12
     x, where = painted(x0)
-    found = probes.anomaly_map(S, ideal(x0), x, ts, draws(x0))
+    found, _ = probes.anomaly_map(S, ideal(x0), x, ts, draws(x0))
     expected = sum(float(S.abar[t] / (1 - S.abar[t])) * 0.25 for t in ts) / len(ts)
     assert found[~where].max() < 1e-12 and torch.allclose(found[where], torch.tensor(expected, dtype=torch.float64))
-    signed = probes.anomaly_map(S, ideal(x0), 2 * x0 - x, ts, draws(x0), signed=True)  # the same square, darker
+    _, signed = probes.anomaly_map(S, ideal(x0), 2 * x0 - x, ts, draws(x0))  # the same square, darker
     expected = -sum(float((S.abar[t] / (1 - S.abar[t])).sqrt()) * 0.5 for t in ts) / len(ts)
     assert signed[~where].abs().max() < 1e-6 and torch.allclose(signed[where], torch.tensor(expected, dtype=torch.float64))
 
@@ -70,9 +70,10 @@ def test_sec41_the_anomaly_map_is_a_mean_over_steps_each_with_its_own_noise():
         asked.append((xt, t, y))
         return torch.zeros_like(xt)
 
-    found, noise = probes.anomaly_map(S, silent, x0, [50, 50, 400], draws(x0), "y"), draws(x0)
+    (found, signed), noise = probes.anomaly_map(S, silent, x0, [50, 50, 400], draws(x0), "y"), draws(x0)
     eps = [noise() for _ in range(3)]
     torch.testing.assert_close(found, sum(e.square() for e in eps) / 3)
+    torch.testing.assert_close(signed, -sum(eps) / 3)
     for (xt, t, y), step, e in zip(asked, [50, 50, 400], eps):
         assert t.tolist() == [step, step] and y == "y"
         torch.testing.assert_close(xt, diffusion.q_sample(S, x0, step, e))
