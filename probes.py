@@ -80,19 +80,20 @@ def recorded(modules):
 
 
 @torch.inference_mode()
-def features(s, unet, x0, ts, blocks, eps):
+def features(s, unet, x0, ts, blocks, noises):
     """What the decoder makes of each pixel: (B, D, H, W) float32, activations at every step of ts, blocks within a step.
 
     unet    an unconditional unet.UNet
     blocks  which of unet.decoder, such as (2, 3, 4, 5); their outputs are enlarged to H x W, bilinearly
-    eps     (1, 1, H, W) or like x0: one noise for all steps, and, as [3] advises, for all images
+    noises  (R, 1, H, W): each for all steps and, as [3] advises, for all images; the activations are the mean over the R ([3] has one)
     """
-    found = []
+
+    def activations(t, eps):
+        unet(q_sample(s, x0, t, eps.expand_as(x0)), torch.full((len(x0),), t, device=x0.device))
+        return torch.cat([F.interpolate(seen[i].float(), size=x0.shape[2:], mode="bilinear") for i in blocks], 1)
+
     with recorded({i: unet.decoder[i] for i in blocks}) as seen:
-        for t in ts:
-            unet(q_sample(s, x0, t, eps.expand_as(x0)), torch.full((len(x0),), t, device=x0.device))
-            found += [F.interpolate(seen[i].float(), size=x0.shape[2:], mode="bilinear") for i in blocks]
-    return torch.cat(found, 1)
+        return torch.cat([sum(activations(t, eps) for eps in noises) / len(noises) for t in ts], 1)
 
 
 def pixels(x):
@@ -222,14 +223,15 @@ def anomalies(model, cfg, root, device, images=64, progress=None):
 # ------------------------------------------------------------------------------------- the study of few labels
 
 STEPS = (50, 150, 250)  # where the activations are taken [3]; and in the middle half of the decoder's blocks
+NOISES = 4  # over which they are averaged; one in [3]
 
 
 def probe(model, cfg, x, positive, seed, device, members=10):
     """segment(images) -> probabilities: a pixel classifier on the network's activations. x (n, 1, H, W) and positive: labelled images."""
     s = diffusion.linear_schedule(cfg.T)
-    eps = diffusion.ImageNoise(train.EVAL_SEED, [seed], x.shape[1:], device=device)()  # (1, 1, H, W)
+    noises = diffusion.ImageNoise(train.EVAL_SEED, [seed], x.shape[1:], NOISES, device)()  # (NOISES, 1, H, W)
     n = len(model.unet.decoder)
-    of = lambda images: features(s, model.unet, images.to(device), STEPS, range(n // 4, n - n // 4), eps)
+    of = lambda images: features(s, model.unet, images.to(device), STEPS, range(n // 4, n - n // 4), noises)
     f = torch.cat([of(x[i : i + 8]) for i in range(0, len(x), 8)])
     classifiers = fit(pixels(f), positive.to(device).flatten(), members, steps=500, batch=256, seed=seed)
     return lambda images: torch.cat([classify(classifiers, of(images[i : i + 8])).cpu() for i in range(0, len(images), 8)])

@@ -119,9 +119,10 @@ def test_sec41_hooks_change_no_bit_and_are_removed(network):
 
 
 def test_sec41_features_are_the_blocks_outputs_enlarged_at_every_step(network):
-    """In the order of steps, then blocks; the same noise for every image and every step."""
+    """In the order of steps, then blocks; the same noise for every image and every step; of two noises the mean."""
     x0, eps, ts, blocks = 0.5 * torch.randn(1, 1, 16, 16).repeat(2, 1, 1, 1), torch.randn(1, 1, 16, 16), (50, 400), (3, 0)
-    found, expected = probes.features(S, network, x0, ts, blocks, eps), []
+    of = lambda noises: probes.features(S, network, x0, ts, blocks, noises)
+    found, expected = of(eps), []
     for t in ts:
         with probes.recorded(dict(enumerate(network.decoder))) as seen:
             network(diffusion.q_sample(S, x0, t, eps.repeat(2, 1, 1, 1)), torch.tensor([t, t]))
@@ -130,6 +131,7 @@ def test_sec41_features_are_the_blocks_outputs_enlarged_at_every_step(network):
     assert small.shape[2] == 8 and found.shape == (2, 48, 16, 16)
     torch.testing.assert_close(found, torch.cat(expected, 1))
     assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(of(torch.cat([eps, -2 * eps])), (found + of(-2 * eps)) / 2)
 
 
 def test_sec41_the_classifier_learns_a_mask_that_is_a_linear_function_of_the_features():
