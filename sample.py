@@ -201,6 +201,7 @@ def start(args):
     device = train.choose_device(args.device)
     model, cfg, step = train.load_run(args.run, device)
     check_flags(args, cfg.task)
+    train.refuse_flags_of_diffusion(args, cfg.model)
     cfg = configure(args, cfg, device)
     segments = cfg.task != "synthesis"
     small = read_xrays(args.images, args.masks, cfg.image_size) if segments else None
@@ -211,9 +212,10 @@ def start(args):
     replaced = sum(file.exists() for file in files)
 
     kind = "phantoms" if cfg.phantoms else "X-rays"
-    title = f"{' '.join(filter(None, (cfg.task, cfg.cond)))}, trained on {kind}, step {step}"
+    title = f"{train.kind_of(cfg)}, trained on {kind}, step {step}"
     members = f", {cfg.ensemble} masks an X-ray" if segments else ""
     how = f"{cfg.ddim_steps} DDIM steps" if cfg.sampler == "ddim" else f"{train.passes_of(cfg)} passes, {cfg.sampler}"
+    how = how if cfg.model == "diffusion" else "one pass"
     say(f"{title}; {how}, seed {args.seed}{members}, on {device}")
     if cfg.phantoms:
         moral = "what it makes of a real X-ray means nothing" if segments else "what it draws are phantoms, not X-rays"

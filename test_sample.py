@@ -156,6 +156,19 @@ def test_the_mask_is_the_one_that_train_evaluates(tmp_path, call, cond, overlays
         assert np.array_equal(read(run / "samples" / f"{path.stem}-mask.png") > 0, mask[0].numpy() > 0)
 
 
+def test_sec44_a_supervised_run_gives_its_mask_in_one_pass_and_has_no_ensemble(tmp_path, call):
+    run = write_run(tmp_path / "run", config(model="report-unet"))
+    paths = xrays(tmp_path / "in")
+    status, out, _ = call(run, "--images", *paths)
+    assert status == 0 and "lung, report-unet, none, trained on X-rays, step 7; one pass, seed 0" in out
+    model, y = train.load_run(run)[0], data.to_float(np.stack([read(p)[None] for p in paths]))
+    for path, logits in zip(paths, model(y), strict=True):
+        assert np.array_equal(read(run / "samples" / f"{path.stem}-mask.png") > 0, logits[0].numpy() > 0)
+    for flag, value in (("--ensemble", "2"), ("--ddim-steps", "3"), ("--sampler", "ode")):
+        status, _, err = call(run, "--images", *paths, flag, value)
+        assert status == 2 and f"{flag} is about diffusion; --model report-unet answers in one pass, got {value}" in err
+
+
 def test_grouping_changes_nothing(lung, call, tmp_path, monkeypatch):
     """The result of image i is that of its place in the list, however many go through the network together."""
     paths, ensemble = xrays(tmp_path / "in", 5), ("--ensemble", 3)
@@ -280,7 +293,7 @@ def test_the_overlay_shows_the_xray_the_written_mask_and_the_true_one(lung, call
     (given,) = overlays
     assert np.array_equal(given["image"], data.read_gray(path)) and np.array_equal(given["true"], read(true) > 0)
     assert np.array_equal(given["mask"], read(lung / "samples" / "a-mask.png") > 0)
-    assert given["title"] == "a\nlung none, trained on X-rays, step 7; not for diagnosis"
+    assert given["title"] == "a\nlung, none, trained on X-rays, step 7; not for diagnosis"
 
 
 def test_save_overlay_draws_outlines_where_the_masks_are(tmp_path):

@@ -64,6 +64,7 @@ def go(root, tmp_path, monkeypatch):
 
     def go(words, out="run", given=TINY):
         folder = tmp_path / out
+        given = given and given.replace(" --ddim-steps 2", "" if "--model" in words else " --ddim-steps 2")
         where = ["--data", str(root), "--out", str(folder)]
         try:
             status = train.main([*words.split(), *(given.split() if given else []), *(where if given else [])])
@@ -106,7 +107,8 @@ class Oracle(torch.nn.Module):
 @pytest.mark.parametrize(
     "words",
     [f"--task lung --cond {cond}" for cond in ("concat", "add", "none", "cross")]
-    + ["--task infection --cond add", "--task synthesis", "--task lung --target eps --ensemble 2 --eta 1"],
+    + ["--task infection --cond add", "--task synthesis", "--task lung --target eps --ensemble 2 --eta 1"]
+    + ["--task infection --model report-unet"],
 )
 def test_a_run_folder_holds_what_the_docstring_says_and_its_numbers_come_from_its_checkpoint(go, root, words, capsys):
     """The last evaluation in results.json equals one made anew from last.pt: the checkpoint is the model that was measured."""
@@ -149,6 +151,10 @@ REFUSALS = [
     ("", "--task is needed: one of synthesis, lung, infection"),
     ("--task synthesis --cond add", "--cond is about segmentation; --task synthesis is unconditional"),
     ("--task synthesis --ensemble 3", "--ensemble averages masks; --task synthesis has none"),
+    ("--task synthesis --model unet", "--model unet finds masks; --task synthesis needs --model diffusion"),
+    ("--task lung --model unet --cond add", "--cond is about the report's network; --model unet sees the X-ray itself, got --cond add"),
+    ("--task lung --model report-unet --eta 0", "--eta is about diffusion; --model report-unet answers in one pass, got 0.0"),
+    ("--task lung --model res50attunet --image-size 48", "--image-size must be divisible by 32 for --model res50attunet, got 48"),
     ("--task lung --steps 4 --epochs 1", "--steps and --epochs say the same thing twice"),
     ("--task lung --micro-batch some", "argument --micro-batch: must be auto or a number, got some"),
     ("--task lung --sampler langevin", "--ddim-steps must be at least 11 for --sampler langevin, got 5"),
@@ -252,6 +258,32 @@ def test_the_gradient_does_not_depend_on_the_micro_batch_nor_on_recomputation():
     assert gradients[0].norm() > 0.1
     for g in gradients[1:]:
         torch.testing.assert_close(g, gradients[0], rtol=1e-9, atol=1e-12)
+
+
+def test_sec44_the_gradient_of_a_supervised_network_is_that_of_its_loss_in_pieces_too():
+    """No noise is drawn: two pieces of 3 and 1 X-rays give the gradient of l_supervised on all 4."""
+    cfg = config(model="unet", cond=None, micro_batch=3)
+    trainer = train.Trainer(cfg, CPU)
+    shake(trainer.model.double())
+    x0, y = data.to_float(split(4).masks).double(), data.to_float(split(4).images).double()
+    loss = trainer.gradient(x0, y, None, None)
+    found = [p.grad.clone() for p in trainer.model.parameters()]
+    trainer.model.zero_grad()
+    logits = trainer.model(y)
+    whole = torch.nn.functional.binary_cross_entropy_with_logits(logits, (x0 + 1) / 2)
+    whole.backward()
+    assert float(loss) == pytest.approx(float(whole.detach()), rel=1e-6)
+    for a, p in zip(found, trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_sec44_the_mask_of_a_supervised_network_is_its_probability():
+    """2 p - 1 in [-1, 1], above 0 where p is above 1/2; one forward pass an image, whatever the index."""
+    cfg, passed = config(model="unet", cond=None), []
+    model, y = train.build_model(cfg), data.to_float(split(3).images)
+    found = train.sample_masks(model, cfg, y, [5, 6, 7], progress=passed.append)
+    torch.testing.assert_close(found, (2 * model(y).sigmoid() - 1)[:, None])
+    assert passed == [3] and train.passes_of(cfg) == 1 and found.shape == (3, 1, 1, 16, 16)
 
 
 def test_sec32_blocks_computed_again_keep_their_inputs_and_nothing_else():
@@ -696,7 +728,10 @@ def assert_same(a, b, where=""):
         assert a == b, where
 
 
-@pytest.mark.parametrize("words", ["--task lung", "--task synthesis", "--task lung --precision bf16 --eta 0.5 --augment 1"])
+RESUMED = ["--task lung", "--task synthesis", "--task lung --precision bf16 --eta 0.5 --augment 1", "--task lung --model unet"]
+
+
+@pytest.mark.parametrize("words", RESUMED)
 @pytest.mark.parametrize("stop_at", [1, 3])
 def test_a_resumed_run_is_an_uninterrupted_run_bit_for_bit(go, monkeypatch, words, stop_at, capsys, no_pictures):
     """SIGINT in a step, --resume: weights, averages, optimiser and evaluations equal those of a run that was left alone."""
@@ -895,10 +930,12 @@ def test_a_finished_run_is_evaluated_anew_under_another_protocol_and_not_trained
         ("--task lung --objective vp", "lung-concat-vp-0"),
         ("--task synthesis --classes Normal --objective ncsn", "synthesis-ncsn-Normal-0"),
         ("--task infection --classes COVID-19", "infection-concat-0"),
+        ("--task lung --model unet", "lung-unet-0"),
+        ("--task infection --model report-unet --cond add", "infection-report-unet-add-0"),
     ],
 )
 def test_runs_that_learn_other_things_have_other_folders(words, name):
-    """Task, conditioning and seed, and what differs of objective and classes."""
+    """Task, conditioning and seed, and what differs of model, objective and classes."""
     assert train.name_of(train.configure(train.parse(words.split()), torch.device("cpu"))) == name
 
 

@@ -4,6 +4,7 @@ r"""Train one model of the report: X-rays from noise (§3), or masks from X-rays
     python train.py --task lung --cond add           §4.4                   (Table 1, Figure 4)
     python train.py --task infection --cond add      §4.5  infection masks  (Table 2, Figure 7)
     python train.py --task synthesis                 §3    chest X-rays     (Figure 3)
+    python train.py --task lung --model unet         §4.4  without diffusion, one pass; or res50attunet, report-unet
     python train.py --resume runs/lung-concat-0      go on with a run that was stopped
     python train.py --resume runs/lung-concat-0 --eval-images 512 --ensemble 9     evaluate a finished run in another way
 
@@ -13,7 +14,7 @@ Without --preset the machine decides. Ctrl-C saves and says how to go on. Severa
 
     torchrun --nproc-per-node 4 train.py --task lung --cond concat        same flags, same batches, same numbers
 
-A run folder, by default runs/<task>-<cond>-<seed>, holds
+A run folder, by default runs/<task>-<model>-<cond>-<seed> with what applies, holds
     config.json   every setting             curves.png    loss and metrics           last.pt   go on or sample from here
     log.jsonl     a line per log            masks.png or samples.png                 best.pt   best validation DICE
     table.md      beside the report's table                                          results.json   all numbers
@@ -45,16 +46,19 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
+import baselines
 import data
 import diffusion
 import metrics
 import score
-from unet import CONDITIONINGS, ConditionalUNet
+from unet import CONDITIONINGS, ConditionalUNet, UNet
 
 TASKS = ("synthesis", "lung", "infection")
+MODELS = ("diffusion", *baselines.U_NETS, "report-unet")  # all but the first see the X-ray and answer in one pass
 EVAL_SEED = 0  # chooses the evaluated images and their x_T: the same in every run, so that runs compare (§4.3)
 OBJECTIVES = ("eps", "ncsn", "vp")
 SAMPLERS = ("ddim", "ddpm", "ode", "sde", "pc", "langevin")
+OF_DIFFUSION = ("objective", "target", "t_power", "sampler", "ddim_steps", "eta", "ensemble")  # what the others have no use for
 PROTOCOL = ("eval_images", "sampler", "ddim_steps", "eta", "ensemble")  # how an evaluation samples; --resume may change it
 RESUMABLE = ("steps", "micro_batch", "eval_every", *PROTOCOL)  # what may change when a run goes on
 SAVE_EVERY = 300  # seconds between checkpoints
@@ -98,7 +102,8 @@ class Config:
     """All that decides a run's numbers. The defaults are the report's, each with its section; see PRESETS for the small size."""
 
     task: str  # synthesis (§3), lung (§4.4), infection (§4.5)
-    cond: str | None = None  # how the X-ray enters the U-Net (§4.2): add, concat, none, cross; None for synthesis
+    model: str = "diffusion"  # or a supervised network (baselines.py): unet, res50attunet, report-unet
+    cond: str | None = None  # how the X-ray enters the U-Net (§4.2): add, concat, none, cross; None where it has no other way
     data: str = ""  # folder the images came from
     phantoms: bool = False  # whether they are generated
     classes: tuple = ()  # of data.CLASSES
@@ -165,6 +170,7 @@ def parse(argv):
     """The command line -> argparse.Namespace; what was not given is None."""
     p = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--task", choices=TASKS, help="what to learn; needed unless --resume")
+    p.add_argument("--model", choices=MODELS, help="default diffusion; the others are supervised: X-ray in, mask out, one pass")
     p.add_argument("--cond", choices=CONDITIONINGS, help="how the X-ray enters the U-Net (§4.2); default concat")
     p.add_argument("--data", metavar="DIR", help="folder with COVID-QU-Ex; default ./COVID-QU-Ex, else phantoms")
     p.add_argument("--classes", nargs="+", metavar="CLASS", help=f"some of {', '.join(data.CLASSES)}")
@@ -216,14 +222,22 @@ def configure(args, device):
         raise UserError(f"--task is needed: one of {', '.join(TASKS)}")
     if args.task == "synthesis" and args.cond:
         raise UserError(f"--cond is about segmentation; --task synthesis is unconditional (§3), got --cond {args.cond}")
+    supervised = args.model not in (None, "diffusion")
+    if args.task == "synthesis" and supervised:
+        raise UserError(f"--model {args.model} finds masks; --task synthesis needs --model diffusion")
+    if args.model in baselines.U_NETS and args.cond:
+        raise UserError(f"--cond is about the report's network; --model {args.model} sees the X-ray itself, got --cond {args.cond}")
+    refuse_flags_of_diffusion(args, args.model)
     if args.steps is not None and args.epochs is not None:
         raise UserError("--steps and --epochs say the same thing twice; give one")
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps must be at least 1, got {args.steps}")
     preset = args.preset or ("report" if device.type == "cuda" else "small")
-    cond = None if args.task == "synthesis" else "concat"
+    cond = None if args.task == "synthesis" or args.model in baselines.U_NETS else "concat"
     settings = dict(task=args.task, cond=cond, preset=preset, precision="bf16" if bf16_is_fast(device) else "fp32")
     settings |= PRESETS[preset][args.task]
+    if args.model in baselines.U_NETS:
+        settings |= dict(channels=64 if preset == "report" else 32)  # as wide as published; or as long a step as the diffusion model's
     if args.objective == "ncsn":  # it knows the score at its levels alone
         settings |= dict(sampler="langevin", ddim_steps=101)
     fields = {f.name for f in dataclasses.fields(Config)}
@@ -234,6 +248,13 @@ def configure(args, device):
     cfg = Config(**settings)
     check(cfg)
     return cfg
+
+
+def refuse_flags_of_diffusion(args, model):
+    """A supervised model has no noise to choose and no way to sample."""
+    for name in OF_DIFFUSION:
+        if model not in (None, "diffusion") and (given := getattr(args, name, None)) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is about diffusion; --model {model} answers in one pass, got {given}")
 
 
 def check(cfg):
@@ -252,6 +273,9 @@ def check(cfg):
         raise UserError(f"--ensemble averages masks; --task synthesis has none, got {cfg.ensemble}")
     if cfg.task == "synthesis" and cfg.augment:
         raise UserError(f"--augment moves an X-ray and its mask; --task synthesis would learn to draw the moves, got {cfg.augment}")
+    if cfg.model in baselines.U_NETS and cfg.image_size % baselines.U_NETS[cfg.model].shrinks:
+        shrinks = baselines.U_NETS[cfg.model].shrinks
+        raise UserError(f"--image-size must be divisible by {shrinks} for --model {cfg.model}, got {cfg.image_size}")
     if not 0 <= cfg.augment <= 2:
         raise UserError(f"--augment must be between 0 and 2, got {cfg.augment}")
     if not cfg.ema < 1:
@@ -299,7 +323,9 @@ def build_model(cfg):
     """The network of a configuration, with fresh weights from its seed."""
     with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
         torch.manual_seed(cfg.seed)
-        return ConditionalUNet(
+        if cfg.model in baselines.U_NETS:
+            return baselines.U_NETS[cfg.model](cfg.channels)
+        net = ConditionalUNet(
             cfg.cond,
             growth=cfg.growth,
             image_size=cfg.image_size,
@@ -309,6 +335,7 @@ def build_model(cfg):
             attention_at=tuple(cfg.image_size >> level for level in cfg.attention_levels),
             head_channels=cfg.head_channels,
         )
+        return net if cfg.model == "diffusion" else baselines.OnePass(net, cfg.T)
 
 
 def autocast(cfg, device):
@@ -416,7 +443,7 @@ def kept_for_backward(model, cfg, device):
 
         x, t = torch.zeros(n, 1, cfg.image_size, cfg.image_size, device=device), torch.ones(n, dtype=torch.long, device=device)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast(cfg, device):
-            model(x, t, None if cfg.cond is None else x)
+            model(*((x, t, x if cfg.cond else None) if cfg.model == "diffusion" else (x,)))
         return sum(seen.values())
 
     return kept(2) - kept(1)  # what is kept once, weights in 16 bits, falls out
@@ -525,21 +552,27 @@ class Trainer:
 
     def fit_memory(self):
         """Choose micro_batch, and whether blocks are computed again in the backward pass, by what is free. Returns what was chosen, in words."""
-        free, unet, n = free_memory(self.device), self.model.unet, self.images
+        free, n = free_memory(self.device), self.images
+        unets = [m for m in self.model.modules() if isinstance(m, UNet)]  # the U-Nets of baselines.py compute nothing again
         if free is None:
             return f"{self.micro_batch} images a forward pass (the free memory cannot be told here)"
         parameters = sum(p.numel() for p in self.model.parameters())
         room = 0.9 * free - 4 * parameters * (1 if self.optimizer.state else 3)  # gradients, and AdamW's two moments if not yet there
-        kept = [kept_for_backward(self.model, self.cfg, self.device)]
-        unet.recompute = True
-        kept.append(kept_for_backward(self.model, self.cfg, self.device))
-        self.micro_batch, unet.recompute = pieces_that_fit(self.cfg.micro_batch or n, room, *kept)
-        self.micro_batch = self.cfg.micro_batch or self.micro_batch
-        how = f"{kept[unet.recompute] / 1e6:.0f} MB an image{' (blocks computed again)' if unet.recompute else ''}, {free / 1e9:.1f} GB free"
+        kept = []
+        for recompute in (False, True):
+            for unet in unets:
+                unet.recompute = recompute
+            kept.append(kept_for_backward(self.model, self.cfg, self.device))
+        fit, recompute = pieces_that_fit(self.cfg.micro_batch or n, room, *kept)
+        self.micro_batch = self.cfg.micro_batch or fit
+        for unet in unets:
+            unet.recompute = recompute
+        again = " (blocks computed again)" if recompute and unets else ""
+        how = f"{kept[recompute] / 1e6:.0f} MB an image{again}, {free / 1e9:.1f} GB free"
         return f"{min(n, self.micro_batch)} of {n} images a forward pass; {how}"
 
     def train_step(self, images, masks):
-        """One step of AdamW on Eq. (7). images, masks: the split, uint8 on the device. Returns the loss, still on the device."""
+        """One step of AdamW on Eq. (7) or l_supervised. images, masks: the split, uint8 on the device. Returns the loss, still on the device."""
         cfg = self.cfg
         self.step += 1
         rows = batch_indices(cfg, len(images), self.step).to(images.device)
@@ -548,9 +581,9 @@ class Trainer:
         x0, y = (image, None) if masks is None else (data.to_float(masks[rows]), image)
         if cfg.augment:
             y, x0 = data.augment(y, x0, generator(cfg.seed, 3, self.step), cfg.augment)
-        t, eps = draws(cfg, self.step, x0)
+        t, eps = draws(cfg, self.step, x0) if cfg.model == "diffusion" else (None, None)
 
-        loss = self.gradient(*(a if a is None else a[self.mine] for a in (x0, y, t, eps)))  # Eq. (7)
+        loss = self.gradient(*(a if a is None else a[self.mine] for a in (x0, y, t, eps)))
         if cfg.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip)
         for group in self.optimizer.param_groups:
@@ -575,7 +608,7 @@ class Trainer:
                     together = contextlib.nullcontext() if b == len(x0) or world() == 1 else self.parallel.no_sync()
                     with together:  # gradients of the processes meet once, in the last piece
                         share = (b - a) / self.cfg.batch_size
-                        total = total + self.piece(x0[a:b], y if y is None else y[a:b], t[a:b], eps[a:b], share)
+                        total = total + self.piece(*(v if v is None else v[a:b] for v in (x0, y, t, eps)), share)
                 return total
             except RuntimeError as e:
                 if not out_of_memory(e):
@@ -591,7 +624,9 @@ class Trainer:
     def piece(self, x0, y, t, eps, share):
         """Add the gradient of one piece, which is this share of the batch. Returns its part of the mean loss."""
         with autocast(self.cfg, self.device):
-            if self.cfg.objective == "eps":
+            if self.cfg.model != "diffusion":
+                loss = baselines.l_supervised(self.parallel(y), x0) * share
+            elif self.cfg.objective == "eps":
                 loss = diffusion.l_simple(self.s, self.parallel, x0, y, t, eps, self.cfg.target) * share
             else:
                 loss = score_matching(self.s.T, self.parallel, x0, y, t, eps, self.cfg.target) * share
@@ -714,8 +749,10 @@ def eps_model_of(model, cfg, s, device, progress=None):
 
 
 def passes_of(cfg):
-    """How often sample_with calls the network for one image."""
+    """How often the network is called for one image."""
     N = cfg.ddim_steps
+    if cfg.model != "diffusion":
+        return 1
     exact = {"ddpm": cfg.T, "ode": 2 * ((N + 1) // 2) - 1, "pc": 2 * ((N - 1) // 2) + 1, "langevin": 10 * ((N - 1) // 10) + 1}
     return exact.get(cfg.sampler, N)
 
@@ -748,11 +785,17 @@ def sample_with(cfg, s, eps_model, noise, e):
 
 @torch.inference_mode()
 def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None, seed=EVAL_SEED):
-    """Masks for X-rays: (B, members, 1, H, W) in [-1, 1].
+    """Masks for X-rays: (B, members, 1, H, W) in [-1, 1]. A supervised model has one, its probabilities.
 
     y      (B, 1, H, W) in [-1, 1], on the device
     index  B ints: image i's noise comes from (seed, i) alone
     """
+    if cfg.model != "diffusion":
+        with autocast(cfg, device):
+            probability = model(y).float().sigmoid()
+        if progress:
+            progress(len(y))
+        return (2 * probability - 1)[:, None]
     s = diffusion.linear_schedule(cfg.T)
     with autocast(cfg, device):
         e = model.embed(y).repeat_interleave(members, 0)
@@ -897,7 +940,7 @@ def markdown_table(cfg, line):
         return "\n".join([f"| synthesis, {what} | validation |", "|---|---|", f"| Train loss | {line['Train']['loss']:.4f} |", *rows])
     number = {"lung": 1, "infection": 2}[cfg.task]
     n, m = line["Train"]["images"], line["Val"]["images"]
-    head = f"{cfg.task} masks, {cfg.cond}, {what}"
+    head = f"{kind_of(cfg, ' masks')}, {what}"
     rows = [
         f"| {head} | report, Table {number}: addition | report: concatenation "
         f"| here: {n} of train | **here: {m} of validation** | mean ± sd of the images |",
@@ -1084,8 +1127,7 @@ class Run:
             self.write("best.pt", lambda f: torch.save(state, f))
         self.save()
 
-        what = f"{cfg.task}, {cfg.cond}" if cfg.cond else cfg.task
-        title = f"{what}, {'phantoms' if cfg.phantoms else 'X-rays'}, step {self.trainer.step}"
+        title = f"{kind_of(cfg)}, {'phantoms' if cfg.phantoms else 'X-rays'}, step {self.trainer.step}"
         self.write("curves.png", lambda f: figures.save_curves(f, self.log.lines, title))
         if cfg.task == "synthesis":
             self.write("samples.png", lambda f: figures.save_image_grid(f, shown[:64], title))
@@ -1128,18 +1170,28 @@ def describe(cfg):
     count = lambda module: sum(p.numel() for p in module.parameters())
     unsaid = {"epochs"} if cfg.steps else {"steps"}  # one says the other; and where the images are, once that is known
     unsaid |= set() if cfg.data else {"data", "phantoms"}
+    unsaid |= set() if cfg.model == "diffusion" else {*OF_DIFFUSION}
+    if cfg.model in baselines.U_NETS:
+        unsaid |= {"cond", "channel_mult", "blocks", "attention_levels", "head_channels", "growth", "T"}
     lines = [f"  {name:17}{value}" for name, value in dataclasses.asdict(cfg).items() if name not in unsaid]
-    lines.append(f"  U-Net            {count(model.unet):,} parameters")
-    if model.embedder is not None:
-        lines.append(f"  embedder         {count(model.embedder):,} parameters")
+    net = model.net if cfg.model == "report-unet" else model
+    lines.append(f"  U-Net            {count(getattr(net, 'unet', net)):,} parameters")
+    if getattr(net, "embedder", None) is not None:
+        lines.append(f"  embedder         {count(net.embedder):,} parameters")
     return "\n".join(lines)
 
 
+def kind_of(cfg, noun=""):
+    """What a run is, in words: "lung, concat", "lung, unet", or with a noun "lung masks, concat"."""
+    return ", ".join(filter(None, (cfg.task + noun, None if cfg.model == "diffusion" else cfg.model, cfg.cond)))
+
+
 def name_of(cfg):
-    """A run's folder under runs/: lung-concat-0; synthesis-vp-0 and synthesis-Normal-0 with other --objective or --classes than usual."""
+    """A run's folder under runs/: lung-concat-0, lung-unet-0; synthesis-vp-0, synthesis-Normal-0 with other --objective or --classes."""
+    model = None if cfg.model == "diffusion" else cfg.model
     objective = None if cfg.objective == "eps" else cfg.objective
     classes = () if cfg.classes == data.DEFAULT_CLASSES[cfg.task] else cfg.classes
-    return "-".join(filter(None, (cfg.task, cfg.cond, objective, *classes, str(cfg.seed))))
+    return "-".join(filter(None, (cfg.task, model, cfg.cond, objective, *classes, str(cfg.seed))))
 
 
 def prepare(args, device):
@@ -1161,6 +1213,7 @@ def prepare(args, device):
     if folder.is_file():
         raise UserError(f"--resume takes the run folder: --resume {folder.parent}")
     state = read_checkpoint(folder)
+    refuse_flags_of_diffusion(args, state["config"].model)
     cfg = dataclasses.replace(state["config"], **{k: v for k, v in given.items() if k in RESUMABLE})
     check(cfg)
     if cfg.steps < state["step"]:
