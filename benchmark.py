@@ -244,7 +244,7 @@ PEERS = {"diffusers": "diffusers", "monai": "monai", "denoising-diffusion-pytorc
 
 def peer_training_job(name, cfg, device):
     """The plain loop that their manuals teach: float32, MSE on the noise of Eq. (7), backward, AdamW. No averaged weights, no clipping."""
-    model, s = Peer(name, cfg).to(device), train.diffusion.linear_schedule(cfg.T)
+    model, s = Peer(name, cfg).to(device), train.schedule(cfg.T)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr)
     x0 = data.to_float(random_split(cfg, cfg.batch_size)[0]).to(device)
 

@@ -48,6 +48,18 @@ def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     return Schedule(beta, 1 - beta, torch.cumprod(1 - beta, 0))
 
 
+def shifted(s, scale):
+    r"""The schedule whose signal-to-noise ratio abar_t / (1 - abar_t) is scale^2 times that of s at every t; beyond the report.
+
+    scale  above 0. Below 1 there is more noise at each step, as if x_0 had been multiplied by it before noising (Chen, arXiv 2301.10972)
+    """
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be above 0 and finite, got {scale}")
+    abar = scale**2 * s.abar / (1 - s.abar + scale**2 * s.abar)
+    alpha = torch.cat([torch.ones(1, dtype=torch.float64), abar[1:] / abar[:-1]])
+    return Schedule(1 - alpha, alpha, abar)
+
+
 def at(v, t, x):
     """v[t] for each image of the batch, ready to multiply x: (B, 1, 1, 1), or (1, 1, 1, 1) for an int t.
 

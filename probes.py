@@ -181,7 +181,7 @@ def smooth(x):
 
 def anomaly_maps(model, cfg, images, index, device):
     """Three maps of X-rays (B, 1, H, W) in [-1, 1]: {name: (B, 1, H, W) on the CPU}. Image i's noise comes from its index alone."""
-    s = diffusion.linear_schedule(cfg.T)
+    s = train.schedule(cfg.T, cfg.shift)
     net, x0 = train.eps_model_of(model, cfg, s, device), images.to(device)
     noise = lambda: diffusion.ImageNoise(train.EVAL_SEED, index, x0.shape[1:], device=device)
     fresh = noise()
@@ -228,7 +228,7 @@ NOISES = 4  # over which they are averaged; one in [3]
 
 def probe(model, cfg, x, positive, seed, device, members=10):
     """segment(images) -> probabilities: a pixel classifier on the network's activations. x (n, 1, H, W) and positive: labelled images."""
-    s = diffusion.linear_schedule(cfg.T)
+    s = train.schedule(cfg.T, cfg.shift)
     noises = diffusion.ImageNoise(train.EVAL_SEED, [seed], x.shape[1:], NOISES, device)()  # (NOISES, 1, H, W)
     n = len(model.unet.decoder)
     of = lambda images: features(s, model.unet, images.to(device), STEPS, range(n // 4, n - n // 4), noises)

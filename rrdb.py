@@ -19,41 +19,45 @@ class RDB(nn.Module):
 
     features  channels of the input and of the output
     growth    channels of each of the first four convolutions
+    segdiff   as in [1]: no activation after the fifth convolution, and 0.2 times what it answers
     """
 
-    def __init__(self, features=16, growth=32):
+    def __init__(self, features=16, growth=32, segdiff=False):
         super().__init__()
+        self.segdiff = segdiff
         widths = [growth] * 4 + [features]
         self.convs = nn.ModuleList(nn.Conv2d(features + i * growth, width, 3, padding=1) for i, width in enumerate(widths))
 
     def forward(self, x):
         outputs = [x]
-        for conv in self.convs:
-            outputs.append(F.leaky_relu(conv(torch.cat(outputs, 1)), 0.2))  # (B, growth, H, W); the last (B, features, H, W)
-        return x + outputs[-1]
+        for conv in self.convs[:-1]:
+            outputs.append(F.leaky_relu(conv(torch.cat(outputs, 1)), 0.2))  # (B, growth, H, W)
+        last = self.convs[-1](torch.cat(outputs, 1))  # (B, features, H, W)
+        return x + (0.2 * last if self.segdiff else F.leaky_relu(last, 0.2))
 
 
 class RRDB(nn.Module):
-    """Residual in Residual Dense Block: three RDBs in a row, + input."""
+    """Residual in Residual Dense Block: three RDBs in a row, + input. segdiff: 0.2 times what they answer [1]."""
 
-    def __init__(self, features=16, growth=32):
+    def __init__(self, features=16, growth=32, segdiff=False):
         super().__init__()
-        self.rdbs = nn.Sequential(*[RDB(features, growth) for _ in range(3)])
+        self.scale = 0.2 if segdiff else 1.0
+        self.rdbs = nn.Sequential(*[RDB(features, growth, segdiff) for _ in range(3)])
 
     def forward(self, x):
-        return x + self.rdbs(x)
+        return x + self.scale * self.rdbs(x)
 
 
 class ConditionEmbedder(nn.Module):
     """The X-ray as the U-Net takes it in, §4.2: one convolution to 16 channels, then RRDBs (the report's one).
 
-    channels  of the X-ray; features of the embedding; growth inside an RDB; blocks: how many RRDBs
+    channels  of the X-ray; features of the embedding; growth inside an RDB; blocks: how many RRDBs; segdiff: with the scaling of [1]
     """
 
-    def __init__(self, channels=1, features=16, growth=32, blocks=1):
+    def __init__(self, channels=1, features=16, growth=32, blocks=1, segdiff=False):
         super().__init__()
         self.lift = nn.Conv2d(channels, features, 3, padding=1)
-        self.blocks = nn.Sequential(*[RRDB(features, growth) for _ in range(blocks)])
+        self.blocks = nn.Sequential(*[RRDB(features, growth, segdiff) for _ in range(blocks)])
 
     def forward(self, y):
         return self.blocks(self.lift(y))  # (B, 1, H, W) -> (B, features, H, W)

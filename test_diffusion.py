@@ -94,6 +94,25 @@ def test_sec32_schedule_refuses_what_is_none(arguments):
         D.linear_schedule(*arguments)
 
 
+@pytest.mark.parametrize("scale", [0.3, 1.0, 2.0])
+def test_a_shifted_schedule_noises_x0_as_if_it_were_scaled(scale):
+    """q_sample by it is that of scale x_0 by §3.2's, times what keeps the variance 1; alpha, beta and abar belong together."""
+    s, x0, eps = D.shifted(S, scale), images(3, 1, 4, 4), images(3, 1, 4, 4, seed=1)
+    assert s.abar[0] == 1 and s.beta[0] == 0 and s.T == 1000
+    close(s.abar, torch.cumprod(s.alpha, 0), rel=1e-9, abs=0)
+    close(s.beta, 1 - s.alpha)
+    t = torch.tensor([1, 400, 1000])
+    k = D.at((scale**2 * S.abar + 1 - S.abar).sqrt(), t, x0)
+    close(k * D.q_sample(s, x0, t, eps), D.q_sample(S, scale * x0, t, eps))
+    assert scale == 1 or bool((s.abar[1:] < S.abar[1:]).all()) == (scale < 1)
+
+
+@pytest.mark.parametrize("scale", [0, -1, float("inf"), float("nan")])
+def test_a_schedule_is_not_shifted_to_nothing(scale):
+    with pytest.raises(ValueError, match=f"scale must be above 0 and finite, got {scale}"):
+        D.shifted(S, scale)
+
+
 def test_sec32_one_step_is_a_schedule():
     """T = 1: the only beta is both ends' first; the noised image is 1 - beta_1 of the clean one's variance."""
     assert D.linear_schedule(1).abar.tolist() == [1, 1 - 1e-4]

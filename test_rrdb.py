@@ -60,6 +60,17 @@ def test_sec42_an_rrdb_is_three_rdbs_in_a_row_with_an_activation_after_the_fifth
     torch.testing.assert_close(silenced(RRDB(), bias)(x), 2 * x + 3 * added)
 
 
+@pytest.mark.parametrize("bias", [1.0, -1.0])
+def test_sec42_segdiffs_rrdb_scales_twice_and_has_no_fifth_activation(bias):
+    """[1]: each RDB x + 0.2 b, be b negative or not; the RRDB x + 0.2 (x + 3 x 0.2 b). The four activations inside stay."""
+    x = randn(1, 16, 4, 4)
+    torch.testing.assert_close(silenced(RRDB(segdiff=True), bias)(x), x + 0.2 * (x + 0.6 * bias))
+    one, other = RDB(16, 8).double(), RDB(16, 8, segdiff=True).double()
+    other.load_state_dict(one.state_dict())
+    added, last = (one(x) - x), (other(x) - x) / 0.2
+    torch.testing.assert_close(added, leaky(last))
+
+
 def test_sec42_the_embedder_turns_one_channel_into_the_reports_16():
     """64x64x1 -> 64x64x16, no two features alike; a pixel is seen 16 pixels away: 1 + 3 x 5 convolutions."""
     embedder, y = ConditionEmbedder().double(), torch.zeros(1, 1, 64, 64, dtype=torch.float64)

@@ -108,7 +108,7 @@ class Oracle(torch.nn.Module):
     "words",
     [f"--task lung --cond {cond}" for cond in ("concat", "add", "none", "cross")]
     + ["--task infection --cond add", "--task synthesis", "--task lung --target eps --ensemble 2 --eta 1"]
-    + ["--task infection --model report-unet"],
+    + ["--task infection --model report-unet", "--task lung --cond lift --rrdbs 2 --rrdb segdiff --shift 0.5"],
 )
 def test_a_run_folder_holds_what_the_docstring_says_and_its_numbers_come_from_its_checkpoint(go, root, words, capsys):
     """The last evaluation in results.json equals one made anew from last.pt: the checkpoint is the model that was measured."""
@@ -155,6 +155,10 @@ REFUSALS = [
     ("--task lung --model unet --cond add", "--cond is about the report's network; --model unet sees the X-ray itself, got --cond add"),
     ("--task lung --model report-unet --eta 0", "--eta is about diffusion; --model report-unet answers in one pass, got 0.0"),
     ("--task lung --model res50attunet --image-size 48", "--image-size must be divisible by 32 for --model res50attunet, got 48"),
+    ("--task lung --cond none --rrdbs 2", "--rrdbs and --rrdb are about the embedder, and --cond none has none, got 2 and report"),
+    ("--task lung --cond add --stem add", "--stem add is about --cond concat, got --cond add"),
+    ("--task lung --shift 0", "--shift must be above 0 and finite, got 0.0"),
+    ("--task lung --rrdbs 0", "--rrdbs must be at least 1, got 0"),
     ("--task lung --steps 4 --epochs 1", "--steps and --epochs say the same thing twice"),
     ("--task lung --micro-batch some", "argument --micro-batch: must be auto or a number, got some"),
     ("--task lung --sampler langevin", "--ddim-steps must be at least 11 for --sampler langevin, got 5"),
@@ -564,7 +568,7 @@ def test_sec21_the_losses_of_ncsn_and_of_the_sde_are_those_of_score_py(target):
     for steps in (250.0, 250.7):
         a, std = process.marginal(steps / 1000)
         t = torch.full((4,), steps, dtype=torch.float64)
-        loss = train.score_matching(1000, model, x0, None, t, eps, target)
+        loss = train.score_matching(process, 1000, model, x0, None, t, eps, target)
         assert heard[-1].tolist() == [steps] * 4
         of_answer, of_x = {"eps": (1, 0), "v": (a, std), "x0": (-a / std, 1 / std)}[target]
         eps_hat = lambda x, p=of_answer, q=of_x: p * (answer + 0.1 * x) + q * x
@@ -572,7 +576,7 @@ def test_sec21_the_losses_of_ncsn_and_of_the_sde_are_those_of_score_py(target):
         sigma = torch.full((4,), std / a, dtype=torch.float64)
         assert float(loss) == pytest.approx(float(score.dsm_loss(lambda y, _: -eps_hat(a * y) / (std / a), x0, sigma, eps)))
     whole = torch.tensor([1, 20, 500, 1000])
-    mixed = train.score_matching(1000, model, x0, None, whole, eps, "eps")
+    mixed = train.score_matching(process, 1000, model, x0, None, whole, eps, "eps")
     torch.testing.assert_close(mixed, diffusion.l_simple(s, model, x0, None, whole, eps))
 
 

@@ -344,18 +344,20 @@ def test_sec32_an_image_that_does_not_fit_is_refused_in_words(shape):
 
 
 def test_sec42_what_the_unet_is_given():
-    """add: x_t on every channel of RRDB(y); concat: x_t, then RRDB(y); none: x_t, then y; cross and None: x_t alone."""
+    """add: x_t on every channel of RRDB(y); lift: its convolution; concat: x_t, then RRDB(y); none: x_t, then y; cross and None: x_t alone."""
     xt, t, y = batch()
     for cond in CONDITIONINGS:
         net, seen = conditional(cond), []
         net.unet.stem.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
         with torch.no_grad():
             net(xt, t, y)
-            e = net.embedder(y) if cond in ("add", "concat") else y
+            e = net.embedder(y) if cond in ("add", "lift", "concat") else y
         got = seen[0]
-        assert got.shape[1] == {"add": 16, "concat": 17, "none": 2, "cross": 1, None: 1}[cond]
+        assert got.shape[1] == {"add": 16, "lift": 16, "concat": 17, "none": 2, "cross": 1, None: 1}[cond]
         if cond == "add":
             assert all(torch.equal(got[:, [i]], xt + e[:, [i]]) for i in range(16))
+        elif cond == "lift":
+            close(got, e + torch.nn.functional.conv2d(xt, net.lift.weight, net.lift.bias, padding=1), rel=1e-5, abs=1e-5)
         else:
             assert torch.equal(got[:, :1], xt)
             assert cond in ("cross", None) or torch.equal(got[:, 1:], e)
@@ -367,8 +369,10 @@ def test_sec42_the_embedder_is_the_rrdb_where_there_is_one():
         with torch.device("meta"):
             net = ConditionalUNet(cond)
         size = lambda module: sum(p.numel() for p in module.parameters())
-        embedder = size(ConditionEmbedder()) if cond in ("add", "concat", "cross") else 0
-        assert size(net) - size(net.unet) == embedder
+        embedder = size(ConditionEmbedder()) if cond in ("add", "lift", "concat", "cross") else 0
+        assert size(net) - size(net.unet) == embedder + (16 * 9 + 16 if cond == "lift" else 0)
+    deep, shallow = ConditionalUNet("add", rrdbs=2, segdiff=True, **SMALL).embedder, ConditionEmbedder(blocks=2)
+    assert size(deep) == size(shallow) and deep.blocks[1].scale == 0.2 and shallow.blocks[1].scale == 1
 
 
 @pytest.mark.parametrize("cond", CONDITIONINGS)
@@ -407,6 +411,15 @@ def test_sec42_addition_is_a_special_case_of_concatenation():
         close(concat(xt, t, y), answer, rel=1e-3, abs=1e-4 * answer.abs().max())
 
 
+def test_sec42_concatenation_can_begin_as_addition():
+    """x_t's kernel is the sum of the 16 others, and has 17 times the variance that concatenation draws it with."""
+    fresh = lambda **how: ConditionalUNet("concat", **SMALL | dict(channels=240), **how).unet.stem.weight.detach()
+    own, from_add = fresh(), fresh(from_add=True)
+    close(from_add[:, 0], from_add[:, 1:].sum(1), rel=1e-5, abs=1e-6)
+    assert float(own[:, 0].var() / own[:, 1:].var()) == pytest.approx(1, rel=0.15)
+    assert float(from_add[:, 0].var() / own[:, 0].var()) == pytest.approx(17, rel=0.15)
+
+
 def test_sec4_cross_attention_sees_the_embedding_patch_by_patch():
     """32x32 images: a token is one of 16x16 patches of 2x2; a pixel of the embedding changes its own token alone."""
     net = conditional("cross", image_size=32, attention_at=(16,))
@@ -423,7 +436,7 @@ def test_sec4_cross_attention_sees_the_embedding_patch_by_patch():
 
 
 def test_sec42_an_unknown_conditioning_is_refused_in_words():
-    with pytest.raises(ValueError, match=r"one of \('add', 'concat', 'none', 'cross'\) or None, got 'film'"):
+    with pytest.raises(ValueError, match=r"one of \('add', 'lift', 'concat', 'none', 'cross'\) or None, got 'film'"):
         ConditionalUNet("film", **SMALL)
 
 

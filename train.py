@@ -58,7 +58,7 @@ MODELS = ("diffusion", *baselines.U_NETS, "report-unet")  # all but the first se
 EVAL_SEED = 0  # chooses the evaluated images and their x_T: the same in every run, so that runs compare (§4.3)
 OBJECTIVES = ("eps", "ncsn", "vp")
 SAMPLERS = ("ddim", "ddpm", "ode", "sde", "pc", "langevin")
-OF_DIFFUSION = ("objective", "target", "t_power", "sampler", "ddim_steps", "eta", "ensemble")  # what the others have no use for
+OF_DIFFUSION = ("objective", "target", "shift", "t_power", "sampler", "ddim_steps", "eta", "ensemble")  # what the others have no use for
 PROTOCOL = ("eval_images", "sampler", "ddim_steps", "eta", "ensemble")  # how an evaluation samples; --resume may change it
 RESUMABLE = ("steps", "micro_batch", "eval_every", *PROTOCOL)  # what may change when a run goes on
 SAVE_EVERY = 300  # seconds between checkpoints
@@ -110,6 +110,7 @@ class Config:
     preset: str = "report"
     objective: str = "eps"  # at which noise it learns: eps: steps 1..T, Eq. (7); §2.1's losses: ncsn, ten noise levels; vp, every real t
     target: str = "eps"  # what the network predicts: eps is Eq. (7)
+    shift: float = 1.0  # the schedule's signal-to-noise ratio is shift^2 times that of §3.2; below 1: more noise
     t_power: float = 1.0  # t is drawn with density t^(t_power - 1): 1 is Eq. (7)'s uniform, 2 prefers high noise
     augment: float = 0.0  # strength of data.augment on X-ray and mask; 0: none, as the report
     epochs: float = 100.0  # §4.4; 2400 in §4.5
@@ -128,6 +129,9 @@ class Config:
     attention_levels: tuple = (1, 2, 3)  # §3.2: 32, 16 and 8 of 64
     head_channels: int = 64  # §3.2
     growth: int = 32  # of the embedder's RDBs, [1]
+    rrdbs: int = 1  # §4.2: how many the embedder has
+    rrdb: str = "report"  # or segdiff: with the residual scaling of [1]
+    stem: str = "own"  # first weights of the U-Net's first convolution; add, with concat: those that make it addition
     image_size: int = 64  # §3.1
     T: int = 1000  # §3.2
     sampler: str = "ddim"  # §3.2; the others of §2 and §2.1: see sample_with
@@ -177,6 +181,7 @@ def parse(argv):
     p.add_argument("--preset", choices=PRESETS, help="default: report where there is an NVIDIA GPU, small elsewhere")
     p.add_argument("--objective", choices=OBJECTIVES, help="at which noise it learns: steps 1..T (Eq. 7), or §2.1: ten levels, or every real t")
     p.add_argument("--target", choices=diffusion.TARGETS, help="what the network predicts: the noise (Eq. 7), a mix, the image")
+    p.add_argument("--shift", type=float, metavar="X", help="signal-to-noise ratio of the schedule, times X^2: below 1 more noise; 1: §3.2")
     p.add_argument("--t-power", type=float, metavar="X", help="t is drawn with density t^(X-1): 1 uniform (Eq. 7), 2 more noise")
     p.add_argument("--augment", type=float, metavar="X", help="move, turn and expose X-ray and mask anew each time; 0: no")
     p.add_argument("--steps", type=int, metavar="N", help="gradient steps")
@@ -189,6 +194,9 @@ def parse(argv):
     p.add_argument("--clip", type=float, metavar="X", help="largest norm of the gradient; 0: no clipping")
     p.add_argument("--ema", type=float, metavar="X", help="decay of the averaged weights; 0: none")
     p.add_argument("--channels", type=int, metavar="N", help="width of the first level")
+    p.add_argument("--rrdbs", type=int, metavar="N", help="RRDBs of the embedder; default 1 (§4.2)")
+    p.add_argument("--rrdb", choices=("report", "segdiff"), help="§4.2's, or with SegDiff's scaling by 0.2 and no fifth activation")
+    p.add_argument("--stem", choices=("own", "add"), help="add, with --cond concat: begin with the weights that make it addition")
     p.add_argument("--image-size", type=int, metavar="N", help="side of the images in pixels")
     p.add_argument("--sampler", choices=SAMPLERS, help="DDIM (§3.2), DDPM's T passes, or those of §2.1; default ddim")
     p.add_argument("--ddim-steps", type=int, metavar="N", help="passes of the network to sample one image, by any sampler but ddpm")
@@ -225,8 +233,9 @@ def configure(args, device):
     supervised = args.model not in (None, "diffusion")
     if args.task == "synthesis" and supervised:
         raise UserError(f"--model {args.model} finds masks; --task synthesis needs --model diffusion")
-    if args.model in baselines.U_NETS and args.cond:
-        raise UserError(f"--cond is about the report's network; --model {args.model} sees the X-ray itself, got --cond {args.cond}")
+    for name in ("cond", "rrdbs", "rrdb", "stem"):
+        if args.model in baselines.U_NETS and (given := getattr(args, name)) is not None:
+            raise UserError(f"--{name} is about the report's network; --model {args.model} sees the X-ray itself, got --{name} {given}")
     refuse_flags_of_diffusion(args, args.model)
     if args.steps is not None and args.epochs is not None:
         raise UserError("--steps and --epochs say the same thing twice; give one")
@@ -260,11 +269,11 @@ def refuse_flags_of_diffusion(args, model):
 def check(cfg):
     """Refuse settings out of range, by the flag's name."""
     least = dict(steps=0, batch_size=1, micro_batch=0, warmup=0, channels=2, image_size=1, ddim_steps=1, ensemble=1)
-    least |= dict(eval_images=2, eval_every=0, seed=0, clip=0, ema=0)
+    least |= dict(eval_images=2, eval_every=0, seed=0, clip=0, ema=0, rrdbs=1)
     for name, low in least.items():
         if not getattr(cfg, name) >= low:
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(cfg, name)}")
-    for name in ("lr", "epochs", "t_power"):
+    for name in ("lr", "epochs", "t_power", "shift"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be above 0 and finite, got {getattr(cfg, name)}")
     if not cfg.seed < 2**63:
@@ -273,6 +282,10 @@ def check(cfg):
         raise UserError(f"--ensemble averages masks; --task synthesis has none, got {cfg.ensemble}")
     if cfg.task == "synthesis" and cfg.augment:
         raise UserError(f"--augment moves an X-ray and its mask; --task synthesis would learn to draw the moves, got {cfg.augment}")
+    if cfg.cond in (None, "none") and (cfg.rrdbs, cfg.rrdb) != (1, "report"):
+        raise UserError(f"--rrdbs and --rrdb are about the embedder, and --cond {cfg.cond} has none, got {cfg.rrdbs} and {cfg.rrdb}")
+    if cfg.stem == "add" and cfg.cond != "concat":
+        raise UserError(f"--stem add is about --cond concat, got --cond {cfg.cond}")
     if cfg.model in baselines.U_NETS and cfg.image_size % baselines.U_NETS[cfg.model].shrinks:
         shrinks = baselines.U_NETS[cfg.model].shrinks
         raise UserError(f"--image-size must be divisible by {shrinks} for --model {cfg.model}, got {cfg.image_size}")
@@ -328,6 +341,9 @@ def build_model(cfg):
         net = ConditionalUNet(
             cfg.cond,
             growth=cfg.growth,
+            rrdbs=cfg.rrdbs,
+            segdiff=cfg.rrdb == "segdiff",
+            from_add=cfg.stem == "add",
             image_size=cfg.image_size,
             channels=cfg.channels,
             channel_mult=cfg.channel_mult,
@@ -487,15 +503,22 @@ def generator(*words):
 
 
 @functools.lru_cache(maxsize=2)
-def process_of(T):
-    """The schedule of T steps as the process of §2.1."""
-    return score.steps_of(diffusion.linear_schedule(T).abar)
+def schedule(T, shift=1.0):
+    """§3.2's schedule of T steps, shifted where a run says so."""
+    s = diffusion.linear_schedule(T)
+    return s if shift == 1 else diffusion.shifted(s, shift)
 
 
 @functools.lru_cache(maxsize=2)
-def ncsn_steps(T):
+def process_of(T, shift=1.0):
+    """The schedule as the process of §2.1."""
+    return score.steps_of(schedule(T, shift).abar)
+
+
+@functools.lru_cache(maxsize=2)
+def ncsn_steps(T, shift=1.0):
     """Where the ten noise levels of objective ncsn and of sampler langevin lie: geometric levels, nearest steps, largest first."""
-    process = process_of(T)
+    process = process_of(T, shift)
     sigmas = score.geometric(score.level(process, 1.0), score.level(process, 1 / T), 10)
     return [max(1, round(score.time_of(process, sigma) * T)) for sigma in sigmas]
 
@@ -509,7 +532,7 @@ def draws(cfg, step, like):
     u = torch.rand(len(like), generator=g, dtype=torch.float64)
     t = (cfg.T * u ** (1 / cfg.t_power)).clamp(min=1)  # P(t <= k) = (k / T)^t_power
     if cfg.objective == "ncsn":
-        steps = torch.tensor(ncsn_steps(cfg.T)[::-1])
+        steps = torch.tensor(ncsn_steps(cfg.T, cfg.shift)[::-1])
         t = steps[(len(steps) * u ** (1 / cfg.t_power)).long()]
     elif cfg.objective == "eps":
         t = t.ceil().long()
@@ -522,14 +545,14 @@ def learning_rate(cfg, step):
     return cfg.lr * warm * (1 if cfg.lr_decay == "none" else (1 + math.cos(math.pi * (step - 1) / cfg.steps)) / 2)
 
 
-def score_matching(T, model, x0, y, t, eps, target):
+def score_matching(process, T, model, x0, y, t, eps, target):
     r"""The losses of §2.1 with lambda = s(t)^2 (score.dsm_loss, score.sde_loss), for a network that is asked for x_0, eps or v:
 
         || eps_hat(a x_0 + s eps, t) - eps ||^2,      averaged over pixels; t (B,), a real number of steps in 1..T
 
     An NCSN of noise level sigma = s / a is the same network, fed with x / sqrt(1 + sigma^2).
     """
-    abar = torch.tensor([process_of(T).marginal(float(u) / T)[0] ** 2 for u in t], dtype=torch.float64)
+    abar = torch.tensor([process.marginal(float(u) / T)[0] ** 2 for u in t], dtype=torch.float64)
     s, i = diffusion.Schedule(None, None, abar), torch.arange(len(t))  # entry i is the abar of image i
     xt = diffusion.q_sample(s, x0, i, eps)
     answer = model(xt, t.to(xt.device), y).to(x0.dtype)
@@ -541,7 +564,7 @@ class Trainer:
 
     def __init__(self, cfg, device):
         self.cfg, self.device, self.step = cfg, device, 0
-        self.s = diffusion.linear_schedule(cfg.T)
+        self.s = schedule(cfg.T, cfg.shift)
         self.model = build_model(cfg).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -629,7 +652,8 @@ class Trainer:
             elif self.cfg.objective == "eps":
                 loss = diffusion.l_simple(self.s, self.parallel, x0, y, t, eps, self.cfg.target) * share
             else:
-                loss = score_matching(self.s.T, self.parallel, x0, y, t, eps, self.cfg.target) * share
+                process = process_of(self.s.T, self.cfg.shift)
+                loss = score_matching(process, self.s.T, self.parallel, x0, y, t, eps, self.cfg.target) * share
         (loss * world()).backward()  # of which DistributedDataParallel takes the mean over the processes
         return loss.detach()
 
@@ -770,14 +794,14 @@ def sample_with(cfg, s, eps_model, noise, e):
         return diffusion.ddim_sample(s, eps_model, noise, e, N, cfg.eta)
     if cfg.sampler == "ddpm":
         return diffusion.ddpm_sample(s, eps_model, noise, e)
-    process = process_of(T)
+    process = process_of(T, cfg.shift)
     at_time = score.score_of_eps(process, eps_model, T, e, clip=True)
     at_level = score.score_at_level(process, at_time)
     if cfg.sampler == "ode":
         sigmas = score.on_grid(process, score.heun_levels(score.level(process, 1.0), 0.02, (N + 1) // 2), T)
         return score.ode_heun(at_level, sigmas[0] * noise(), sigmas)
     if cfg.sampler == "langevin":
-        sigmas = [score.level(process, k / T) for k in ncsn_steps(T)]
+        sigmas = [score.level(process, k / T) for k in ncsn_steps(T, cfg.shift)]
         return score.langevin(at_level, noise, sigmas, (N - 1) // 10, step=0.2 * sigmas[-1] ** 2)
     correct = 0.16 if cfg.sampler == "pc" else None
     return score.reverse_sde(process, at_time, noise, score.times((N - 1) // (2 if correct else 1), 1 / T, T, rho=2.0), correct)
@@ -796,7 +820,7 @@ def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None, s
         if progress:
             progress(len(y))
         return (2 * probability - 1)[:, None]
-    s = diffusion.linear_schedule(cfg.T)
+    s = schedule(cfg.T, cfg.shift)
     with autocast(cfg, device):
         e = model.embed(y).repeat_interleave(members, 0)
     noise = diffusion.ImageNoise(seed, index, y.shape[1:], members, device)
@@ -807,7 +831,7 @@ def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None, s
 @torch.inference_mode()
 def sample_images(model, cfg, index, device="cpu", progress=None, seed=EVAL_SEED):
     """X-rays from noise: (B, 1, H, W) in [-1, 1]; image i from (seed, i) alone."""
-    s = diffusion.linear_schedule(cfg.T)
+    s = schedule(cfg.T, cfg.shift)
     noise = diffusion.ImageNoise(seed, index, (1, cfg.image_size, cfg.image_size), device=device)
     return sample_with(cfg, s, eps_model_of(model, cfg, s, device, progress), noise, None)
 
@@ -874,7 +898,7 @@ def evaluate_images(model, cfg, splits, device, progress=None):
     The Fréchet distance of metrics.image_features between as many samples and held-out X-rays, beside that between two
     halves of the held-out X-rays: the least that can be hoped for.
     """
-    s, report = diffusion.linear_schedule(cfg.T), {}
+    s, report = schedule(cfg.T, cfg.shift), {}
     for name, split in splits.items():
         rows = chosen(len(split.images), cfg.eval_images)
         x0 = data.to_float(split.images[rows])
@@ -1172,7 +1196,7 @@ def describe(cfg):
     unsaid |= set() if cfg.data else {"data", "phantoms"}
     unsaid |= set() if cfg.model == "diffusion" else {*OF_DIFFUSION}
     if cfg.model in baselines.U_NETS:
-        unsaid |= {"cond", "channel_mult", "blocks", "attention_levels", "head_channels", "growth", "T"}
+        unsaid |= {"cond", "channel_mult", "blocks", "attention_levels", "head_channels", "growth", "rrdbs", "rrdb", "stem", "T"}
     lines = [f"  {name:17}{value}" for name, value in dataclasses.asdict(cfg).items() if name not in unsaid]
     net = model.net if cfg.model == "report-unet" else model
     lines.append(f"  U-Net            {count(getattr(net, 'unet', net)):,} parameters")

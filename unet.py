@@ -275,7 +275,7 @@ def check_sizes(channels, widths, resolutions, attention_at, head_channels, imag
             raise ValueError(f"head_channels must divide the {width} channels that have attention, got {head_channels}")
 
 
-CONDITIONINGS = ("add", "concat", "none", "cross")
+CONDITIONINGS = ("add", "lift", "concat", "none", "cross")
 
 
 class ConditionalUNet(nn.Module):
@@ -283,24 +283,31 @@ class ConditionalUNet(nn.Module):
 
     cond          U-Net sees                            input channels
     "add"         x_t + RRDB(y), x_t on every channel   16
+    "lift"        conv(x_t) + RRDB(y), as SegDiff [1]   16
     "concat"      [x_t, RRDB(y)]                        17
     "none"        [x_t, y], no embedder                 2
     "cross"       x_t, and RRDB(y) by cross-attention   1
     None          x_t alone: unconditional, §3          1
 
-    features, growth  of the embedder (rrdb.py); the rest as UNet
+    features, growth, rrdbs, segdiff  of the embedder (rrdb.py); the rest as UNet
+    from_add  with "concat": the first convolution begins as that of a fresh "add", which it contains: x_t's kernel is the sum
+              of the kernels of its 16 channels. Otherwise each channel's kernel is drawn alike, x_t's as small as one of RRDB(y)'s
     """
 
-    def __init__(self, cond, features=16, growth=32, image_size=64, **unet):
+    def __init__(self, cond, features=16, growth=32, rrdbs=1, segdiff=False, from_add=False, image_size=64, **unet):
         super().__init__()
-        in_channels = {None: 1, "add": features, "concat": 1 + features, "none": 2, "cross": 1}
+        in_channels = {None: 1, "add": features, "lift": features, "concat": 1 + features, "none": 2, "cross": 1}
         if cond not in in_channels:
             raise ValueError(f"cond must be one of {CONDITIONINGS} or None, got {cond!r}")
         self.cond = cond
         self.patch = next(p for p in range(max(1, image_size // 16), 0, -1) if image_size % p == 0)  # cross: a token a patch
         context_channels = features * self.patch**2 if cond == "cross" else 0
-        self.embedder = ConditionEmbedder(1, features, growth) if cond in ("add", "concat", "cross") else None
+        self.embedder = None if cond in (None, "none") else ConditionEmbedder(1, features, growth, rrdbs, segdiff)
         self.unet = UNet(in_channels[cond], 1, image_size=image_size, context_channels=context_channels, **unet)
+        self.lift = nn.Conv2d(1, features, 3, padding=1) if cond == "lift" else None
+        if from_add:
+            kernels = nn.Conv2d(features, self.unet.channels, 3).weight.detach()  # as torch draws them for 16 channels
+            self.unet.stem.weight.data = torch.cat([kernels.sum(1, keepdim=True), kernels], 1)
 
     def embed(self, y):
         """What the U-Net needs of the X-ray, once for all steps: RRDB(y), y itself, or nothing."""
@@ -312,6 +319,8 @@ class ConditionalUNet(nn.Module):
             return self.unet(xt, t)
         if self.cond == "add":
             return self.unet(xt + e, t)  # (B, 1, H, W) + (B, 16, H, W)
+        if self.cond == "lift":
+            return self.unet(self.lift(xt) + e, t)
         if self.cond == "cross":
             return self.unet(xt, t, F.pixel_unshuffle(e, self.patch))
         return self.unet(torch.cat([xt, e], 1), t)
