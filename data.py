@@ -666,17 +666,19 @@ def _film(b, a):
     return v
 
 
-def phantom(seed, index, kind, size=256):
+def phantom(seed, index, kind, size=256, healthy=False):
     """Phantom number `index`: (image uint8, lung bool, infection bool), each (size, size); a function of its arguments.
 
-    kind    one of CLASSES; opacities only where kind is not Normal, an infection mask only where it is COVID-19
+    kind     one of CLASSES; opacities only where kind is not Normal, an infection mask only where it is COVID-19
+    healthy  the same phantom before its illness: every other draw alike, no opacity, a blank infection mask
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, index]))
     b = _Patient(rng, size)
     air, infection = b.air, np.zeros_like(b.lung)
     if kind != "Normal":
-        density, infection = _opacity(b, kind)
-        air = air * (1 - density)
+        density, opacity = _opacity(b, kind)  # drawn for the healthy too: every later draw is then alike
+        if not healthy:
+            air, infection = air * (1 - density), opacity
     a = _body(b) + _mediastinum(b) + _abdomen(b) + _ribs(b) + _shoulders(b) + _breasts(b) + _vessels(b)
     a = a - rng.uniform(*CONTRAST) * air
     if rng.random() < 0.35:

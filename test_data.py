@@ -672,6 +672,20 @@ def test_a_phantom_is_a_function_of_seed_index_and_class(phantoms):
     assert all(not np.array_equal(again[1][0], other[0]) for other in others)
 
 
+def test_the_healthy_twin_of_a_phantom_differs_by_its_opacities_alone(monkeypatch):
+    """No infection, the same lungs; the very same picture once opacities hold no density; darker where they were; not a Normal phantom."""
+    sick, lung, infection = data.phantom(0, 3, "COVID-19")
+    twin, same, blank = data.phantom(0, 3, "COVID-19", healthy=True)
+    assert np.array_equal(lung, same) and infection.any() and not blank.any()
+    brighter = sick.astype(float) - twin
+    assert brighter[infection].mean() > 10 + abs(brighter[~lung].mean())
+    assert np.array_equal(data.phantom(0, 3, "Normal", healthy=True)[0], data.phantom(0, 3, "Normal")[0])
+    assert not np.array_equal(data.phantom(0, 3, "Normal")[0], twin)
+    opacity = data._opacity
+    monkeypatch.setattr(data, "_opacity", lambda b, kind: [0 * part for part in opacity(b, kind)])
+    assert np.array_equal(data.phantom(0, 3, "COVID-19")[0], twin)
+
+
 def test_the_masks_of_a_phantom_are_those_of_its_class(phantoms):
     """Infection lies within the lungs, in every COVID-19 phantom and in no other; shares of the picture as in real ones."""
     for c, (_, lung, infection) in phantoms.items():

@@ -542,11 +542,12 @@ def test_every_sampler_finds_the_mask_that_the_network_knows_in_the_passes_it_sa
     torch.testing.assert_close(masks, torch.where(y > 0, 1.0, -1.0)[:, None].expand(3, 2, 1, 16, 16), rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize("sampler, passes", [("ddim", 100), ("ode", 59), ("sde", 300), ("pc", 301), ("langevin", 901)])
-def test_every_sampler_draws_the_distribution_that_the_network_knows(sampler, passes):
-    """Pixels N(0.3, 0.04), exact noise predictor: mean and standard deviation of 2048 pixels."""
-    cfg = config(task="synthesis", cond=None, sampler=sampler, ddim_steps=passes, target="eps")
-    s = diffusion.linear_schedule(cfg.T)
+@pytest.mark.parametrize("shift", [1.0, 0.3])
+@pytest.mark.parametrize("sampler, passes", [("ddim", 500), ("ode", 59), ("sde", 300), ("pc", 301), ("langevin", 901)])
+def test_every_sampler_draws_the_distribution_that_the_network_knows(sampler, passes, shift):
+    """Pixels N(0.3, 0.04), exact noise predictor: mean and standard deviation of 2048 pixels, on a shifted schedule too."""
+    cfg = config(task="synthesis", cond=None, sampler=sampler, ddim_steps=passes, target="eps", shift=shift)
+    s = diffusion.shifted(diffusion.linear_schedule(cfg.T), shift)
 
     class World:
         def denoise(self, xt, t, e):
@@ -590,6 +591,36 @@ def test_sec21_each_objective_draws_its_own_times():
     assert sigmas[::-1] == pytest.approx(score.on_grid(train.process_of(1000), score.geometric(sigmas[-1], sigmas[0], 10), 1000))
     assert t["vp"].dtype == torch.float64 and 1 <= t["vp"].min() and t["vp"].max() <= 1000 and (t["vp"] % 1 > 0.01).float().mean() > 0.9
     assert torch.equal(t["vp"].ceil().long(), t["eps"])
+
+
+def test_a_shifted_schedule_is_the_one_a_run_learns_by_and_is_measured_by(monkeypatch):
+    """Eq. (7) in training and in evaluation, and the real times of vp: all of the shifted schedule."""
+    used, process = [], score.steps_of(diffusion.shifted(diffusion.linear_schedule(), 0.5).abar)
+    monkeypatch.setattr(diffusion, "l_simple", lambda s, model, x0, *_: used.append(s) or (0 * model.unet.stem.weight).sum())
+    monkeypatch.setattr(train, "score_matching", lambda process, T, model, *_: used.append(process) or (0 * model.unet.stem.weight).sum())
+    monkeypatch.setattr(train, "sample_images", lambda model, cfg, i, *_: torch.zeros(len(i), 1, 16, 16))
+    for objective in ("eps", "vp"):
+        cfg = config(task="synthesis", cond=None, shift=0.5, objective=objective)
+        trainer = train.Trainer(cfg, CPU)
+        x0 = torch.zeros(4, 1, 16, 16)
+        trainer.gradient(x0, None, *train.draws(cfg, 1, x0))
+    train.evaluate_images(trainer.ema, cfg, {"Train": split(4), "Val": split(8)}, CPU)
+    learned, process_used, *measured = used
+    expected = diffusion.shifted(diffusion.linear_schedule(), 0.5).abar
+    assert len(measured) == 2 and all(torch.equal(s.abar, expected) for s in (learned, *measured))
+    assert process_used.marginal(0.3) == process.marginal(0.3) != train.process_of(1000).marginal(0.3)
+
+
+def test_each_switch_of_the_conditioning_reaches_the_network():
+    """RRDBs of the embedder and their scaling; the first convolution of concatenation; widths of the supervised networks by preset."""
+    plain, switched = (train.build_model(config(**how)) for how in ({}, dict(rrdbs=3, rrdb="segdiff", stem="add")))
+    assert [len(net.embedder.blocks) for net in (plain, switched)] == [1, 3]
+    assert [net.embedder.blocks[0].scale for net in (plain, switched)] == [1.0, 0.2]
+    is_sum = [torch.allclose(w[:, 0], w[:, 1:].sum(1), atol=1e-6) for w in (plain.unet.stem.weight, switched.unet.stem.weight)]
+    assert is_sum == [False, True]
+    widths = [train.configure(train.parse(f"--task lung --model {model} --preset {preset}".split()), CPU).channels
+              for preset in ("report", "small") for model in ("unet", "report-unet")]
+    assert widths == [64, 192, 32, 16]
 
 
 @pytest.mark.parametrize("objective", ["ncsn", "vp"])

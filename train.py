@@ -516,9 +516,12 @@ def process_of(T, shift=1.0):
 
 
 @functools.lru_cache(maxsize=2)
-def ncsn_steps(T, shift=1.0):
-    """Where the ten noise levels of objective ncsn and of sampler langevin lie: geometric levels, nearest steps, largest first."""
-    process = process_of(T, shift)
+def ncsn_steps(T):
+    """Where the ten noise levels of objective ncsn and of sampler langevin lie: geometric levels, nearest steps, largest first.
+
+    The same steps on a shifted schedule, which multiplies all levels alike.
+    """
+    process = process_of(T)
     sigmas = score.geometric(score.level(process, 1.0), score.level(process, 1 / T), 10)
     return [max(1, round(score.time_of(process, sigma) * T)) for sigma in sigmas]
 
@@ -532,7 +535,7 @@ def draws(cfg, step, like):
     u = torch.rand(len(like), generator=g, dtype=torch.float64)
     t = (cfg.T * u ** (1 / cfg.t_power)).clamp(min=1)  # P(t <= k) = (k / T)^t_power
     if cfg.objective == "ncsn":
-        steps = torch.tensor(ncsn_steps(cfg.T, cfg.shift)[::-1])
+        steps = torch.tensor(ncsn_steps(cfg.T)[::-1])
         t = steps[(len(steps) * u ** (1 / cfg.t_power)).long()]
     elif cfg.objective == "eps":
         t = t.ceil().long()
@@ -801,7 +804,7 @@ def sample_with(cfg, s, eps_model, noise, e):
         sigmas = score.on_grid(process, score.heun_levels(score.level(process, 1.0), 0.02, (N + 1) // 2), T)
         return score.ode_heun(at_level, sigmas[0] * noise(), sigmas)
     if cfg.sampler == "langevin":
-        sigmas = [score.level(process, k / T) for k in ncsn_steps(T, cfg.shift)]
+        sigmas = [score.level(process, k / T) for k in ncsn_steps(T)]
         return score.langevin(at_level, noise, sigmas, (N - 1) // 10, step=0.2 * sigmas[-1] ** 2)
     correct = 0.16 if cfg.sampler == "pc" else None
     return score.reverse_sde(process, at_time, noise, score.times((N - 1) // (2 if correct else 1), 1 / T, T, rho=2.0), correct)
