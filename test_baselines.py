@@ -110,6 +110,7 @@ def test_sec45_an_attention_gate_is_its_formula_and_can_shut_a_skip_out():
     for gate in unet.gates:
         gate.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
     assert torch.equal(unet(y), shut) and not torch.equal(open_, shut)
+    assert not torch.allclose(unet(torch.randn(1, 1, 64, 64)), shut), "what lies below reaches the answer on its own"
 
 
 def test_sec45_a_bottleneck_is_three_convolutions_beside_a_shortcut():
@@ -159,7 +160,8 @@ def test_the_loss_is_minus_the_log_probability_of_the_mask():
     p = torch.tensor([0.9, 0.2, 0.6, 0.5]).view(1, 1, 2, 2)
     expected = -(math.log(0.9) + math.log(0.8) + math.log(0.6) + math.log(0.5)) / 4
     assert float(baselines.l_supervised(p.logit(), x0)) == pytest.approx(expected)
-    assert baselines.l_supervised(p.logit().bfloat16(), x0).dtype == torch.float32
+    logits, x0 = torch.randn(4, 1, 16, 16).bfloat16(), torch.randn(4, 1, 16, 16).sign()
+    assert float(baselines.l_supervised(logits, x0)) == float(baselines.l_supervised(logits.float(), x0))
 
 
 @pytest.mark.parametrize("model", ["unet", "res50attunet", "report-unet"])
