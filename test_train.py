@@ -290,6 +290,13 @@ def test_sec44_the_mask_of_a_supervised_network_is_its_probability():
     assert passed == [3] and train.passes_of(cfg) == 1 and found.shape == (3, 1, 1, 16, 16)
 
 
+def test_sec44_a_finished_supervised_run_is_prolonged_but_has_no_passes_to_change(go, no_pictures, capsys):
+    status, folder = go("--task lung --model unet")
+    assert status == 0 and train.main(["--resume", str(folder), "--ensemble", "9"]) == 2
+    assert "--ensemble is about diffusion; --model unet answers in one pass, got 9" in capsys.readouterr().err
+    assert train.main(["--resume", str(folder), "--steps", "5", "--eval-images", "5"]) == 0 and state_of(folder)["step"] == 5
+
+
 def test_sec32_blocks_computed_again_keep_their_inputs_and_nothing_else():
     """The report's network at an eighth of its width: what enters each block by §3.2's table, and three maps of the head."""
     enter = {
