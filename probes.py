@@ -2,7 +2,7 @@ r"""The other ways to segment of §4.1: a diffusion model that never saw a mask,
 
 anomaly maps, Pinaya et al. [12]               anomaly_map, reconstruct: a network of healthy X-rays is wrong where an X-ray is not healthy
 label-efficient features, Baranchuk et al. [3] recorded, features, fit, classify: activations of the decoder, and a pixel classifier on them
-ensembles, Amit et al. [1], Wolleb et al. [21] agreement, calibration: what N masks of one X-ray say together
+ensembles, Amit et al. [1], Wolleb et al. [21] agreement, calibration, expected_dice: what N masks of one X-ray say together
 
 x_0, eps and eps_model as in diffusion.py: (B, 1, H, W), images in [-1, 1]. Two studies run from the command line:
 
@@ -166,6 +166,19 @@ def expected_calibration_error(p, true, bins=10):
     mean, share, count = calibration(p, true, bins)
     filled = count > 0
     return float(((mean - share).abs() * count)[filled].sum() / count.sum())
+
+
+def expected_dice(p):
+    r"""What DICE can be hoped for where masks are uncertain: (of the mask {p > 1/2}, of a mask that is drawn), both below 1.
+
+        threshold   2 sum_{p > 1/2} p / (sum_{p > 1/2} 1 + sum p)          a drawn mask   sum p^2 / sum p
+
+    p  any shape, 0..1: the probability of each pixel to be inside, taken to be right. A network that samples the posterior perfectly
+    still scores the second against one truth, whatever its pixels have to do with each other; the first is what a mean is good for.
+    The quotients are of expected numbers of pixels, exact where pixels are many.
+    """
+    p = p.double()
+    return float(2 * p[p > 0.5].sum() / ((p > 0.5).sum() + p.sum())), float(p.square().sum() / p.sum())
 
 
 # ------------------------------------------------------------------------------------- the study of anomaly maps
