@@ -168,17 +168,17 @@ def expected_calibration_error(p, true, bins=10):
     return float(((mean - share).abs() * count)[filled].sum() / count.sum())
 
 
-def expected_dice(p):
-    r"""What DICE can be hoped for where masks are uncertain: (of the mask {p > 1/2}, of a mask that is drawn), both below 1.
+def expected_dice(p, q):
+    r"""DICE of a mask that is drawn from p against another that is drawn from q:   2 sum p q / (sum p + sum q).
 
-        threshold   2 sum_{p > 1/2} p / (sum_{p > 1/2} 1 + sum p)          a drawn mask   sum p^2 / sum p
+    p, q  alike, each pixel's probability to be inside; of a certain mask 0 and 1. Any shape
 
-    p  any shape, 0..1: the probability of each pixel to be inside, taken to be right. A network that samples the posterior perfectly
-    still scores the second against one truth, whatever its pixels have to do with each other; the first is what a mean is good for.
-    The quotients are of expected numbers of pixels, exact where pixels are many.
+    The quotient of expected numbers of pixels, exact where pixels are many, whatever they have to do with each other. With the right
+    p, a network that samples perfectly scores expected_dice(p, p) against one truth, and the mask {p > 1/2} expected_dice(p > 0.5, p),
+    which is more: a sample pays for its diversity.
     """
-    p = p.double()
-    return float(2 * p[p > 0.5].sum() / ((p > 0.5).sum() + p.sum())), float(p.square().sum() / p.sum())
+    p, q = p.double(), q.double()
+    return float(2 * (p * q).sum() / (p.sum() + q.sum()))
 
 
 # ------------------------------------------------------------------------------------- the study of anomaly maps

@@ -4,6 +4,7 @@ r"""Use a trained run: draw X-rays from noise (§3), or find the masks of your o
     python sample.py runs/synthesis-0 --sampler ode --ddim-steps 25          ... by another sampler of §2.1
     python sample.py runs/lung-concat-0 --images a.png b.png                 a mask and an overlay of each
     python sample.py runs/lung-concat-0 --images *.png --ensemble 9          ... and where 9 samples disagree
+    python sample.py runs/lung-unet-0 --images a.png                         a supervised network's only mask, in one pass
     python sample.py runs/infection-add-0/best.pt --images a.png --masks a-true.png     ... and the eight metrics (§4.3)
 
 RUN is a run folder of train.py (its last.pt) or a checkpoint file. X-rays are gray image files of any size, of 8 or 16

@@ -157,6 +157,17 @@ def test_the_tables_of_the_studies_are_what_probes_py_printed():
         assert {"commit", "hardware", "torch", "data", "seed"} <= result.keys()
 
 
+def test_the_table_of_models_is_that_of_results():
+    """Each row `| task | model | command | passes | one mask | mean of 9 |`, mean ± standard deviation of the seeds, and no other."""
+    result = json.loads((ROOT / "results" / "models" / "small-phantoms.json").read_text(encoding="utf-8"))
+    table = README.split("| task | model | command | passes a mask | DICE of one mask | of the mean of 9 |")[1].split("\n\n")[0]
+    spread = lambda values: f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    cell = lambda values: f"{np.mean(values):.4f}{spread(values)}" if values else ""
+    line = lambda r: f"| {r['task']} | {r['model']} | `{r['command']}` | {r['passes']} | {cell(r['one'])} | {cell(r['nine'])} |"
+    assert table.splitlines()[2:] == [line(r) for r in result["rows"]] and len(result["rows"]) > 5
+    assert {"commits", "hardware", "torch", "seeds", "images"} <= result.keys()
+
+
 @pytest.mark.parametrize("command", commands("benchmark.py"))
 def test_every_benchmark_command_is_accepted(command):
     """benchmark.py parses it."""
