@@ -215,8 +215,8 @@ def start(args):
     kind = "phantoms" if cfg.phantoms else "X-rays"
     title = f"{train.kind_of(cfg)}, trained on {kind}, step {step}"
     members = f", {cfg.ensemble} masks an X-ray" if segments else ""
-    how = f"{cfg.ddim_steps} DDIM steps" if cfg.sampler == "ddim" else f"{train.passes_of(cfg)} passes, {cfg.sampler}"
-    how = how if cfg.model == "diffusion" else "one pass"
+    sampler = f"{cfg.ddim_steps} DDIM steps" if cfg.sampler == "ddim" else f"{train.passes_of(cfg)} passes, {cfg.sampler}"
+    how = "one pass" if cfg.supervised else sampler
     say(f"{title}; {how}, seed {args.seed}{members}, on {device}")
     if cfg.phantoms:
         moral = "what it makes of a real X-ray means nothing" if segments else "what it draws are phantoms, not X-rays"

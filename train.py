@@ -144,6 +144,11 @@ class Config:
     seed: int = 0
     precision: str = "fp32"  # or bf16: autocast with float32 parameters
 
+    @property
+    def supervised(self):
+        """Whether the network sees the X-ray alone and answers in one pass."""
+        return self.model != "diffusion"
+
 
 PRESETS = {
     "report": {"synthesis": {}, "lung": {}, "infection": dict(epochs=2400)},
@@ -230,8 +235,7 @@ def configure(args, device):
         raise UserError(f"--task is needed: one of {', '.join(TASKS)}")
     if args.task == "synthesis" and args.cond:
         raise UserError(f"--cond is about segmentation; --task synthesis is unconditional (§3), got --cond {args.cond}")
-    supervised = args.model not in (None, "diffusion")
-    if args.task == "synthesis" and supervised:
+    if args.task == "synthesis" and args.model not in (None, "diffusion"):
         raise UserError(f"--model {args.model} finds masks; --task synthesis needs --model diffusion")
     for name in ("cond", "rrdbs", "rrdb", "stem"):
         if args.model in baselines.U_NETS and (given := getattr(args, name)) is not None:
@@ -351,7 +355,7 @@ def build_model(cfg):
             attention_at=tuple(cfg.image_size >> level for level in cfg.attention_levels),
             head_channels=cfg.head_channels,
         )
-        return net if cfg.model == "diffusion" else baselines.OnePass(net, cfg.T)
+        return baselines.OnePass(net, cfg.T) if cfg.supervised else net
 
 
 def autocast(cfg, device):
@@ -459,7 +463,7 @@ def kept_for_backward(model, cfg, device):
 
         x, t = torch.zeros(n, 1, cfg.image_size, cfg.image_size, device=device), torch.ones(n, dtype=torch.long, device=device)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast(cfg, device):
-            model(*((x, t, x if cfg.cond else None) if cfg.model == "diffusion" else (x,)))
+            model(*((x,) if cfg.supervised else (x, t, x if cfg.cond else None)))
         return sum(seen.values())
 
     return kept(2) - kept(1)  # what is kept once, weights in 16 bits, falls out
@@ -607,7 +611,7 @@ class Trainer:
         x0, y = (image, None) if masks is None else (data.to_float(masks[rows]), image)
         if cfg.augment:
             y, x0 = data.augment(y, x0, generator(cfg.seed, 3, self.step), cfg.augment)
-        t, eps = draws(cfg, self.step, x0) if cfg.model == "diffusion" else (None, None)
+        t, eps = (None, None) if cfg.supervised else draws(cfg, self.step, x0)
 
         loss = self.gradient(*(a if a is None else a[self.mine] for a in (x0, y, t, eps)))
         if cfg.clip:
@@ -650,7 +654,7 @@ class Trainer:
     def piece(self, x0, y, t, eps, share):
         """Add the gradient of one piece, which is this share of the batch. Returns its part of the mean loss."""
         with autocast(self.cfg, self.device):
-            if self.cfg.model != "diffusion":
+            if self.cfg.supervised:
                 loss = baselines.l_supervised(self.parallel(y), x0) * share
             elif self.cfg.objective == "eps":
                 loss = diffusion.l_simple(self.s, self.parallel, x0, y, t, eps, self.cfg.target) * share
@@ -778,7 +782,7 @@ def eps_model_of(model, cfg, s, device, progress=None):
 def passes_of(cfg):
     """How often the network is called for one image."""
     N = cfg.ddim_steps
-    if cfg.model != "diffusion":
+    if cfg.supervised:
         return 1
     exact = {"ddpm": cfg.T, "ode": 2 * ((N + 1) // 2) - 1, "pc": 2 * ((N - 1) // 2) + 1, "langevin": 10 * ((N - 1) // 10) + 1}
     return exact.get(cfg.sampler, N)
@@ -817,7 +821,7 @@ def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None, s
     y      (B, 1, H, W) in [-1, 1], on the device
     index  B ints: image i's noise comes from (seed, i) alone
     """
-    if cfg.model != "diffusion":
+    if cfg.supervised:
         with autocast(cfg, device):
             probability = model(y).float().sigmoid()
         if progress:
@@ -1197,7 +1201,7 @@ def describe(cfg):
     count = lambda module: sum(p.numel() for p in module.parameters())
     unsaid = {"epochs"} if cfg.steps else {"steps"}  # one says the other; and where the images are, once that is known
     unsaid |= set() if cfg.data else {"data", "phantoms"}
-    unsaid |= set() if cfg.model == "diffusion" else {*OF_DIFFUSION}
+    unsaid |= {*OF_DIFFUSION} if cfg.supervised else set()
     if cfg.model in baselines.U_NETS:
         unsaid |= {"cond", "channel_mult", "blocks", "attention_levels", "head_channels", "growth", "rrdbs", "rrdb", "stem", "T"}
     lines = [f"  {name:17}{value}" for name, value in dataclasses.asdict(cfg).items() if name not in unsaid]
@@ -1210,12 +1214,12 @@ def describe(cfg):
 
 def kind_of(cfg, noun=""):
     """What a run is, in words: "lung, concat", "lung, unet", or with a noun "lung masks, concat"."""
-    return ", ".join(filter(None, (cfg.task + noun, None if cfg.model == "diffusion" else cfg.model, cfg.cond)))
+    return ", ".join(filter(None, (cfg.task + noun, cfg.model if cfg.supervised else None, cfg.cond)))
 
 
 def name_of(cfg):
     """A run's folder under runs/: lung-concat-0, lung-unet-0; synthesis-vp-0, synthesis-Normal-0 with other --objective or --classes."""
-    model = None if cfg.model == "diffusion" else cfg.model
+    model = cfg.model if cfg.supervised else None
     objective = None if cfg.objective == "eps" else cfg.objective
     classes = () if cfg.classes == data.DEFAULT_CLASSES[cfg.task] else cfg.classes
     return "-".join(filter(None, (cfg.task, model, cfg.cond, objective, *classes, str(cfg.seed))))
@@ -1314,13 +1318,15 @@ def start(args, command):
 
 
 def exit_status(program, work, less_memory, left_behind):
-    """What work() returns, or after one line about it: 2 for bad input or too little memory, 130 for Ctrl-C. sample.py's and probes.py's."""
+    """What work() returns, or after one line about it: 2 for bad input or too little memory, 130 for Ctrl-C."""
     try:
         return work()
     except (UserError, data.DataError, OSError) as e:
         print(f"{program}: error: {e}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
         print(f"{program}: error: out of memory; {less_memory}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -1331,27 +1337,24 @@ def exit_status(program, work, less_memory, left_behind):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    try:
-        with joined():
-            launcher = ["torchrun", "--nproc-per-node", str(world())] if world() > 1 else ["python"]
-            return start(args, shlex.join([*launcher, "train.py", *argv]))
-    except (UserError, data.DataError, OSError) as e:
-        print(f"train.py: error: {e}", file=sys.stderr)
-        return 2
-    except FloatingPointError as e:
-        print(f"train.py: stopped: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:  # before or after the training; within it, StopSignals saves
-        print("\ntrain.py: stopped; what was written before is whole", file=sys.stderr)
-        return 130
-    except RuntimeError as e:
-        if distributed.is_initialized() and "peer" in str(e):
+
+    def work():
+        try:
+            with joined():
+                launcher = ["torchrun", "--nproc-per-node", str(world())] if world() > 1 else ["python"]
+                return start(args, shlex.join([*launcher, "train.py", *argv]))
+        except FloatingPointError as e:
+            print(f"train.py: stopped: {e}", file=sys.stderr)
+            return 1
+        except RuntimeError as e:
+            if not (distributed.is_initialized() and "peer" in str(e)):
+                raise
             print("train.py: stopped: another process ended", file=sys.stderr)
             return 1
-        if not out_of_memory(e):
-            raise
-        print("train.py: error: out of memory; --resume goes on from the last checkpoint, --device cpu is slow but fits", file=sys.stderr)
-        return 2
+
+    # Ctrl-C is meant before or after the training; within it, StopSignals saves
+    less_memory = "--resume goes on from the last checkpoint, --device cpu is slow but fits"
+    return exit_status("train.py", work, less_memory, "what was written before is whole")
 
 
 if __name__ == "__main__":
