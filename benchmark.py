@@ -208,8 +208,15 @@ class Peer(torch.nn.Module):
             from diffusers import UNet2DModel
 
             self.net = UNet2DModel(
-                cfg.image_size, 1, 1, layers_per_block=cfg.blocks, block_out_channels=C, norm_num_groups=groups,
-                attention_head_dim=cfg.head_channels, downsample_type="resnet", upsample_type="resnet",
+                cfg.image_size,
+                1,
+                1,
+                layers_per_block=cfg.blocks,
+                block_out_channels=C,
+                norm_num_groups=groups,
+                attention_head_dim=cfg.head_channels,
+                downsample_type="resnet",
+                upsample_type="resnet",
                 down_block_types=["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends],
                 up_block_types=["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)],
             )
@@ -217,15 +224,28 @@ class Peer(torch.nn.Module):
             from monai.networks.nets import DiffusionModelUNet
 
             self.net = DiffusionModelUNet(
-                2, 1, 1, num_res_blocks=cfg.blocks, channels=C, attention_levels=attends, norm_num_groups=groups,
-                num_head_channels=cfg.head_channels, resblock_updown=True, use_flash_attention=torch.cuda.is_available(),
+                2,
+                1,
+                1,
+                num_res_blocks=cfg.blocks,
+                channels=C,
+                attention_levels=attends,
+                norm_num_groups=groups,
+                num_head_channels=cfg.head_channels,
+                resblock_updown=True,
+                use_flash_attention=torch.cuda.is_available(),
             )
         else:
             from denoising_diffusion_pytorch import Unet
 
             self.net = Unet(
-                cfg.channels, dim_mults=cfg.channel_mult, channels=1, flash_attn=True, full_attn=tuple(attends),
-                attn_dim_head=cfg.head_channels, attn_heads=C[-1] // cfg.head_channels,
+                cfg.channels,
+                dim_mults=cfg.channel_mult,
+                channels=1,
+                flash_attn=True,
+                full_attn=tuple(attends),
+                attn_dim_head=cfg.head_channels,
+                attn_heads=C[-1] // cfg.head_channels,
             )
 
     def forward(self, xt, t, y=None):

@@ -34,19 +34,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
-TREES = {"lung": "Lung Segmentation Data", "infection": "Infection Segmentation Data",
-         "synthesis": "Lung Segmentation Data"}
+TREES = {"lung": "Lung Segmentation Data", "infection": "Infection Segmentation Data", "synthesis": "Lung Segmentation Data"}
 MASKS = {"lung": "lung masks", "infection": "infection masks", "synthesis": None}
 CLASSES = ("COVID-19", "Non-COVID", "Normal")
 SPLITS = ("Train", "Val", "Test")
 DEFAULT_CLASSES = {"lung": CLASSES, "infection": ("COVID-19",), "synthesis": CLASSES}
 
 HERE = Path(__file__).resolve().parent
-DATA_HOMES = (HERE / "COVID-QU-Ex", Path("COVID-QU-Ex"))   # beside this file, then in the current folder
+DATA_HOMES = (HERE / "COVID-QU-Ex", Path("COVID-QU-Ex"))  # beside this file, then in the current folder
 PHANTOMS = HERE / "phantoms"
-PHANTOMS_NOTE = "PHANTOMS.txt"   # a root that holds this file holds phantoms, wherever it was copied to
+PHANTOMS_NOTE = "PHANTOMS.txt"  # a root that holds this file holds phantoms, wherever it was copied to
 CACHE = HERE / ".cache"
-CACHE_FORMAT = 1            # raise it when the decoding or the resizing below changes: older caches are then stale
+CACHE_FORMAT = 1  # raise it when the decoding or the resizing below changes: older caches are then stale
 CACHE_MAGIC = b"data.py-cache"
 
 
@@ -55,12 +54,13 @@ class DataError(ValueError):
 
 
 class Split(NamedTuple):
-    images: np.ndarray          # (N, 1, S, S) uint8
-    masks: np.ndarray | None    # (N, 1, S, S) uint8, 0 or 255
-    names: list[str]            # "COVID-19/covid_12.png"
+    images: np.ndarray  # (N, 1, S, S) uint8
+    masks: np.ndarray | None  # (N, 1, S, S) uint8, 0 or 255
+    names: list[str]  # "COVID-19/covid_12.png"
 
 
 # ranges: the only place where 0..255 becomes [-1, 1]
+
 
 def to_float(u8):
     r"""0..255 -> [-1, 1]:   x = u / 127.5 - 1.   uint8 array or tensor of any shape -> float32 tensor on its device."""
@@ -103,6 +103,7 @@ def augment(x, mask, generator, strength=1.0):
 
 # one file
 
+
 def pixels(path):
     r"""(H, W) gray values as the file stores them: uint8 (1-bit files as 0 and 255), or uint16 where it holds 16 bits.
 
@@ -111,10 +112,10 @@ def pixels(path):
     """
     try:
         raw = io.BytesIO(Path(path).read_bytes())
-        Image.open(raw).verify()        # the checksum of every PNG chunk: load() alone accepts one flipped bit in seven
+        Image.open(raw).verify()  # the checksum of every PNG chunk: load() alone accepts one flipped bit in seven
         image = Image.open(raw)
         image.load()
-    except Exception as e:                              # Pillow's are OSError, SyntaxError, ValueError, struct.error...
+    except Exception as e:  # Pillow's are OSError, SyntaxError, ValueError, struct.error...
         reason = "not an image file" if isinstance(e, UnidentifiedImageError) else e
         raise DataError(f"{path}: cannot be read: {reason}") from e
     if getattr(image, "n_frames", 1) > 1:
@@ -128,7 +129,7 @@ def pixels(path):
         return np.asarray(image.convert("L"))
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
         raise DataError(f"{path}: pixels of kind {image.mode}, gray is wanted")
-    rgba = np.asarray(image.convert("RGBA"))            # (H, W, 4)
+    rgba = np.asarray(image.convert("RGBA"))  # (H, W, 4)
     if (rgba[..., 3] != 255).any():
         raise DataError(f"{path}: transparent pixels, an opaque gray image is wanted")
     if (rgba[..., :1] != rgba[..., 1:3]).any():
@@ -174,6 +175,7 @@ def resize_mask(a, size):
 
 # one folder
 
+
 def refuse(problems):
     """DataError with the first of the problems and the number of the others; nothing if there is none."""
     if problems:
@@ -186,8 +188,7 @@ def scan(folder):
         raise DataError(f"{folder}: no such folder")
     entries = [e for e in os.scandir(folder) if not e.name.startswith(".") and e.name.lower() != "thumbs.db"]
     entries.sort(key=lambda e: e.name)
-    refuse([f"{e.path}: only .png files belong here" for e in entries
-            if not (e.name.lower().endswith(".png") and e.is_file())])
+    refuse([f"{e.path}: only .png files belong here" for e in entries if not (e.name.lower().endswith(".png") and e.is_file())])
     if not entries:
         raise DataError(f"{folder}: holds no .png file")
     return {e.name: (s.st_size, s.st_mtime_ns) for e in entries for s in [e.stat()]}
@@ -198,6 +199,7 @@ def decode(paths, size, progress=None, workers=None):
 
     A file in a folder called `images` is an X-ray, in any other a mask. Threads do: Pillow decodes outside the GIL.
     """
+
     def one(path):
         try:
             if path.parent.name == "images":
@@ -222,6 +224,7 @@ def decode(paths, size, progress=None, workers=None):
 
 
 # the cache: one file per folder of PNGs, so that the tasks and any choice of classes share it
+
 
 def cache_file(cache, folder, files, size):
     """Where a decoded folder is kept, and the fingerprint of the names, sizes and times of the files it is made of."""
@@ -290,13 +293,14 @@ def decode_folders(folders, size, cache, progress):
 
 # one split
 
+
 def tree_folder(root, task):
     """The folder that holds Train, Val and Test of a task: <root>/<tree>/<tree>, <root>/<tree>, or root itself."""
     if task not in TREES:
         raise DataError(f"task must be one of {', '.join(TREES)}; got {task!r}")
     root, tree = Path(root).expanduser().resolve(), TREES[task]
     places = [root / tree / tree, root / tree]
-    if root.name not in set(TREES.values()) - {tree}:   # the other task's tree is not taken for this one's
+    if root.name not in set(TREES.values()) - {tree}:  # the other task's tree is not taken for this one's
         places.append(root)
     for place in places:
         if all((place / split).is_dir() for split in SPLITS):
@@ -350,16 +354,19 @@ def load(root, task, split, classes=None, image_size=64, cache=None, progress=No
     mask_folders = [tree / split / c / masks for c in kept] if masks else []
     folders = {f: scan(f) for f in image_folders + mask_folders}
     mask_files = [folders[f] for f in mask_folders] or [None] * len(kept)
-    refuse([line for c, f, files in zip(kept, image_folders, mask_files)
-            for line in misfits(tree, split, c, folders[f], files)])
+    refuse([line for c, f, files in zip(kept, image_folders, mask_files) for line in misfits(tree, split, c, folders[f], files)])
     names = [f"{c}/{name}" for c, f in zip(kept, image_folders) for name in folders[f]]
 
     n, (pixels, shapes) = len(names), decode_folders(folders, image_size, CACHE if cache is None else cache, progress)
     if not mask_folders:
-        return Split(pixels[:, None], None, names)                  # (N, 1, S, S)
-    refuse([f"{tree / split}: {names[i]}: the image is {shapes[i].tolist()}, its mask {shapes[n + i].tolist()} (H, W)"
-            for i in np.flatnonzero((shapes[:n] != shapes[n:]).any(1))])
-    return Split(pixels[:n, None], pixels[n:, None], names)         # (N, 1, S, S), (N, 1, S, S)
+        return Split(pixels[:, None], None, names)  # (N, 1, S, S)
+    refuse(
+        [
+            f"{tree / split}: {names[i]}: the image is {shapes[i].tolist()}, its mask {shapes[n + i].tolist()} (H, W)"
+            for i in np.flatnonzero((shapes[:n] != shapes[n:]).any(1))
+        ]
+    )
+    return Split(pixels[:n, None], pixels[n:, None], names)  # (N, 1, S, S), (N, 1, S, S)
 
 
 class StatusLine:
@@ -426,13 +433,13 @@ def locate(data, task):
 NAMES = {"COVID-19": "covid_{}.png", "Non-COVID": "non_COVID ({}).png", "Normal": "Normal ({}).png"}
 
 # What makes the masks hard to find: ranges, drawn anew for each phantom.
-DENSITY = {"COVID-19": (0.3, 1.0), "Non-COVID": (0.7, 1.1)}   # share of a lung's air that an opacity replaces
-FUZZ = 0.3, 1.2          # width of an opacity's border, in standard deviations of its field
-CONTRAST = 0.26, 0.56     # attenuation missing where there is air
-BEHIND = 0.1, 0.5         # share of the air that lies behind heart and diaphragm
-EDGE = 0.03, 0.26         # depth, in body units, over which the lung's edge fades in
-NOISE = 0.006, 0.03       # quantum noise, of the full gray scale
-EFFUSION = 0.30           # share of the phantoms with opacities that also have fluid over a diaphragm
+DENSITY = {"COVID-19": (0.3, 1.0), "Non-COVID": (0.7, 1.1)}  # share of a lung's air that an opacity replaces
+FUZZ = 0.3, 1.2  # width of an opacity's border, in standard deviations of its field
+CONTRAST = 0.26, 0.56  # attenuation missing where there is air
+BEHIND = 0.1, 0.5  # share of the air that lies behind heart and diaphragm
+EDGE = 0.03, 0.26  # depth, in body units, over which the lung's edge fades in
+NOISE = 0.006, 0.03  # quantum noise, of the full gray scale
+EFFUSION = 0.30  # share of the phantoms with opacities that also have fluid over a diaphragm
 
 
 def _ramp(a):
@@ -447,7 +454,7 @@ def _dome(a):
 
 
 def _radius(x, y):
-    return np.sqrt(x * x + y * y)          # np.hypot is five times slower
+    return np.sqrt(x * x + y * y)  # np.hypot is five times slower
 
 
 def _wave(a):
@@ -480,7 +487,7 @@ class _Patient:
         z = (p + 1j * p[:, None] - np.complex64(self.shift)) * np.complex64(self.turn.conjugate())
         y = z.imag / np.float32(self.scale[1])
         x = z.real / np.float32(self.scale[0])
-        x = x - np.float32(n(0, 0.02)) * np.sin(2 * y + np.float32(n(0, 1)))                      # scoliosis
+        x = x - np.float32(n(0, 0.02)) * np.sin(2 * y + np.float32(n(0, 1)))  # scoliosis
         self.x, self.y, self.u, self.left = x, y, np.abs(x), x > 0
 
         top, base, apex = n(-0.74, 0.04), n(0.5, 0.05), self.sides(0.30, 0.02)
@@ -490,18 +497,22 @@ class _Patient:
         inner = apex + (self.sides(0.12, 0.015) - apex) * _dome(t / 0.17)
         self.q = self.u / self.wall
         self.diaphragm = self.sides(n(0.36, 0.08), 0.04) + between(0.7, 1.6) * (self.u - self.sides(0.33, 0.04)) ** 2
-        self.border = self.sides(0.125, 0.02)                                                    # of the mediastinum, in u
-        for left, height, at, spread in ((0, 0.03, -0.35, 0.2), (0, 0.10, 0.2, 0.22),              # vena cava, right atrium
-                                         (1, 0.07, -0.34, 0.08), (1, 0.05, -0.14, 0.11),           # aortic knob, pulmonary trunk
-                                         (1, 0.28, 0.34, 0.27)):                                   # left ventricle
-            bump = height * n(1, 0.2) * np.exp(-((y - n(at, 0.025)) / spread) ** 2)
+        self.border = self.sides(0.125, 0.02)  # of the mediastinum, in u
+        for left, height, at, spread in (
+            (0, 0.03, -0.35, 0.2),
+            (0, 0.10, 0.2, 0.22),  # vena cava, right atrium
+            (1, 0.07, -0.34, 0.08),
+            (1, 0.05, -0.14, 0.11),  # aortic knob, pulmonary trunk
+            (1, 0.28, 0.34, 0.27),
+        ):  # left ventricle
+            bump = height * n(1, 0.2) * np.exp(-(((y - n(at, 0.025)) / spread) ** 2))
             self.border += np.where(self.left == left, bump, 0)
 
-        cage = np.minimum(self.wall - self.u, self.u - inner) * (y > top)                         # distance to its walls
+        cage = np.minimum(self.wall - self.u, self.u - inner) * (y > top)  # distance to its walls
         front = np.minimum(np.minimum(cage, self.u - self.border), self.diaphragm - y)
         self.lung = front > 0
-        behind = np.minimum(cage, 0.9 * (self.diaphragm + 0.16 - y))                              # heart and diaphragm in front
-        haze = 1 - 0.25 * np.exp(-((self.u - 0.15) / 0.2) ** 2 - (y / 0.35) ** 2)
+        behind = np.minimum(cage, 0.9 * (self.diaphragm + 0.16 - y))  # heart and diaphragm in front
+        haze = 1 - 0.25 * np.exp(-(((self.u - 0.15) / 0.2) ** 2) - (y / 0.35) ** 2)
         share = between(*BEHIND)
         self.air = haze * ((1 - share) * (0.4 * _ramp(front / between(*EDGE)) + 0.6 * _dome(front / 0.22)) + share * _dome(behind / 0.2))
 
@@ -516,11 +527,11 @@ class _Patient:
 
     def strokes(self, lines):
         """(size, size) 0..1: bundles of polylines (points z (lines, points), width, gray 0..1), drawn in order."""
-        picture = Image.new("L", (2 * self.size, 2 * self.size))                                  # finer, then reduced
+        picture = Image.new("L", (2 * self.size, 2 * self.size))  # finer, then reduced
         draw = ImageDraw.Draw(picture)
         for z, width, gray in lines:
             p = (z.real * self.scale[0] + 1j * z.imag * self.scale[1]) * self.turn + self.shift + (1 + 1j)
-            for line in (p * self.size).astype(np.complex64).view(np.float32).tolist():           # x0, y0, x1, y1, ...
+            for line in (p * self.size).astype(np.complex64).view(np.float32).tolist():  # x0, y0, x1, y1, ...
                 draw.line(line, round(255 * gray), max(1, round(width * self.size)))
         return np.asarray(picture.reduce(2), np.float32) / 255
 
@@ -528,12 +539,12 @@ class _Patient:
 def _body(b):
     """Soft tissue: torso, shoulders, neck, chin, the arms beside them. 0 outside the body."""
     n, y, u = b.rng.normal, b.y, b.u
-    slope = n(-0.78, 0.05)                                                                        # height of the shoulders
-    half = n(0.94, 0.04) + 0.2 * _ramp((0.1 - y) / 0.6)                                           # half width of the torso
-    half = half - (half - n(0.27, 0.03)) * np.sqrt(_ramp((slope + 0.2 - y) / 0.42))               # narrowing to the neck
+    slope = n(-0.78, 0.05)  # height of the shoulders
+    half = n(0.94, 0.04) + 0.2 * _ramp((0.1 - y) / 0.6)  # half width of the torso
+    half = half - (half - n(0.27, 0.03)) * np.sqrt(_ramp((slope + 0.2 - y) / 0.42))  # narrowing to the neck
     torso = _dome(0.95 * (half - u) / half)
     chin = _dome((1 - _radius(b.x / 0.42, (y - n(-1.35, 0.12)) / 0.4)) / 0.5)
-    arm = np.abs(u - b.sides(1.2, 0.08) - n(0.15, 0.08) * y)                                      # from its axis
+    arm = np.abs(u - b.sides(1.2, 0.08) - n(0.15, 0.08) * y)  # from its axis
     arms = _ramp((y - slope) / 0.2) * (0.5 * _dome(1 - arm / 0.18) + 0.15 * _ramp((0.06 - arm) / 0.03))
     return np.maximum(0.85 * torso, arms) + 0.3 * chin
 
@@ -542,10 +553,10 @@ def _mediastinum(b):
     """Heart, great vessels, hila, trachea (dark), spine with its vertebrae."""
     n, y, u = b.rng.normal, b.y, b.u
     heart = n(0.17, 0.03) * _dome((b.border - u) / 0.2) * _ramp((y + 0.75) / 0.4)
-    hila = 0.10 * np.exp(-((u - 0.17) / 0.06) ** 2 - ((y - b.sides(-0.06, 0.02)) / 0.11) ** 2)
-    r = _wave(y / n(0.115, 0.008) + n(0, 1))                                    # one vertebra
+    hila = 0.10 * np.exp(-(((u - 0.17) / 0.06) ** 2) - ((y - b.sides(-0.06, 0.02)) / 0.11) ** 2)
+    r = _wave(y / n(0.115, 0.008) + n(0, 1))  # one vertebra
     spine = _ramp((0.10 + 0.02 * r - u) / 0.04) * (0.7 + 0.3 * _ramp((0.45 - r) / 0.12))
-    spine += 0.4 * np.exp(-((u - 0.055) / 0.02) ** 2 - (r / 0.14) ** 2)                           # pedicles
+    spine += 0.4 * np.exp(-(((u - 0.055) / 0.02) ** 2) - (r / 0.14) ** 2)  # pedicles
     trachea = _ramp((0.05 - np.abs(b.x + 0.01)) / 0.03) * _ramp((-0.2 - y) / 0.06)
     return heart + hila + n(0.10, 0.03) * spine - 0.10 * trachea
 
@@ -565,13 +576,13 @@ def _ribs(b):
     pitch = n(0.155, 0.01)
     back = (1 + 0.5 * t) * (0.16 * cube - 0.05 * np.sin(2.6 * b.q))
     front = (0.55 + 0.3 * t) * d * (0.7 + 0.3 * d)
-    air = 0.35 + 0.65 * _ramp((b.diaphragm + 0.1 - b.y) / 0.2)                                    # fainter below the diaphragm
+    air = 0.35 + 0.65 * _ramp((b.diaphragm + 0.1 - b.y) / 0.2)  # fainter below the diaphragm
     bands = []
     for curve, half, inner in (back, 0.21, 0.1), (front, 0.26, 0.38):
         r = _wave((b.y - curve) / pitch + n(0, 1))
-        edge = 0.55 + 0.45 * np.clip(r / half, 0, 1) ** 2                                         # the cortex is denser
+        edge = 0.55 + 0.45 * np.clip(r / half, 0, 1) ** 2  # the cortex is denser
         bands.append(_ramp((half - r) / 0.08) * edge * _ramp((b.u - inner) / 0.08))
-    rim = 0.6 + np.minimum(cube, 1) ** 2                                                         # seen edge-on at the wall
+    rim = 0.6 + np.minimum(cube, 1) ** 2  # seen edge-on at the wall
     inside = air * _ramp((1.06 - b.q) / 0.04) * _ramp(t / 0.1)
     return b.rng.uniform(0.06, 0.2) * inside * (bands[0] * rim + 0.35 * bands[1])
 
@@ -582,7 +593,7 @@ def _shoulders(b):
     c = b.u - 0.06
     clavicle = np.abs(b.y - b.sides(n(-0.52, 0.05), 0.03) + b.sides(n(0.25, 0.1), 0.05) * c - 0.035 * np.sin(7 * c))
     clavicle = _ramp((0.045 + 0.1 * (c - 0.4) ** 2 - clavicle) / 0.025) * _ramp((c - 0.02) / 0.06) * _ramp((0.85 - b.u) / 0.05)
-    edge = b.u - b.sides(0.70, 0.05) - n(0.18, 0.08) * b.y                                        # medial border of the scapula
+    edge = b.u - b.sides(0.70, 0.05) - n(0.18, 0.08) * b.y  # medial border of the scapula
     scapula = _ramp(edge / 0.03) * _ramp((0.3 - edge) / 0.2) * _ramp((0.05 - b.y) / 0.4) * _ramp((b.y + 0.72) / 0.12)
     head = _ramp((0.13 - _radius(b.u - 1.0, b.y + 0.62)) / 0.04)
     return n(0.14, 0.03) * clavicle + n(0.10, 0.03) * scapula + 0.14 * head
@@ -626,7 +637,7 @@ def _opacity(b, kind):
     above = (field - np.quantile(field[b.lung], 1 - share)) / rng.uniform(*FUZZ)
     texture = 1 + 0.08 * b.noise(20) + 0.12 * b.noise(50)
     density = rng.uniform(*DENSITY[kind]) * _ramp(above / 2 + 0.4) * texture
-    if rng.random() < EFFUSION:                                                                   # hides the base, is no infection
+    if rng.random() < EFFUSION:  # hides the base, is no infection
         density = density + _ramp((b.y - b.diaphragm + b.sides(0.1, 0.15) + 0.1 * b.q) / 0.2)
     return np.clip(density, 0, 1), (above > 0) & b.lung & covid
 
@@ -635,12 +646,12 @@ def _devices(b):
     """Tubes, leads and electrodes over some of the patients."""
     rng, lines = b.rng, []
     s = np.linspace(0, 1, 12)
-    for _ in range(rng.integers(1, 4)):                                                           # leads
+    for _ in range(rng.integers(1, 4)):  # leads
         ends = rng.uniform(-0.9, 0.9, 4) + 1j * rng.uniform([-1.1, -0.6, -0.4, 0], [-0.6, 0.3, 0.8, 1.1])
         z = ends[0] * (1 - s) ** 3 + 3 * ends[1] * s * (1 - s) ** 2 + 3 * ends[2] * s * s * (1 - s) + ends[3] * s**3
         ring = ends[3] + 0.035 * np.exp(2j * math.pi * s)
         lines += [(z[None], 0.012, rng.uniform(0.4, 1)), (ring[None], 0.02, 1.0)]
-    tube = 0.02 * np.sin(3 * s) + 1j * (-1.1 + s * rng.choice([0.75, 1.9]))                        # in the trachea or the stomach
+    tube = 0.02 * np.sin(3 * s) + 1j * (-1.1 + s * rng.choice([0.75, 1.9]))  # in the trachea or the stomach
     return b.strokes(lines + [(tube[None], 0.022, rng.uniform(0.3, 0.9))])
 
 
@@ -661,7 +672,7 @@ def _film(b, a):
     v = 1 / (1 + np.exp(rng.uniform(3, 4.5) * ((low + high) / 2 - a) / (high - low) + rng.normal(0, 0.4)))
     v = rng.uniform(-0.1, 0.06) + v * rng.uniform(0.85, 1.05)
     v += rng.uniform(*NOISE) * rng.standard_normal(v.shape, np.float32) * (0.3 + v)
-    if rng.random() < 0.15:                                                                       # edges of the collimator
+    if rng.random() < 0.15:  # edges of the collimator
         v = v * (np.maximum(abs(b.x), abs(b.y)) < rng.uniform(0.95, 1.1))
     return v
 
@@ -740,9 +751,7 @@ def write_phantoms(root, tree, counts, seed=0, size=256, progress=None):
 
 
 PHANTOM_COUNTS = {
-    "Lung Segmentation Data": {
-        split: dict.fromkeys(CLASSES, n) for split, n in (("Train", 400), ("Val", 100), ("Test", 20))
-    },
+    "Lung Segmentation Data": {split: dict.fromkeys(CLASSES, n) for split, n in (("Train", 400), ("Val", 100), ("Test", 20))},
     "Infection Segmentation Data": {
         split: {"COVID-19": n, "Non-COVID": n // 8, "Normal": n // 8} for split, n in (("Train", 800), ("Val", 200), ("Test", 80))
     },

@@ -47,9 +47,7 @@ def confusion(predicted, true, threshold=0.0):
     if predicted.shape != true.shape:
         raise ValueError(f"a mask and its truth must have one shape, got {predicted.shape} and {true.shape}")
     count = lambda hit: hit.reshape(len(hit), -1).sum(1, dtype=np.int64)
-    return Counts(
-        TP=count(predicted & true), FP=count(predicted & ~true), FN=count(~predicted & true), TN=count(~predicted & ~true)
-    )
+    return Counts(TP=count(predicted & true), FP=count(predicted & ~true), FN=count(~predicted & true), TN=count(~predicted & ~true))
 
 
 def as_bool(mask, threshold):
@@ -60,10 +58,10 @@ def as_bool(mask, threshold):
 def scores(counts):
     """The eight numbers of Tables 1 and 2 as a dict of float64, in the tables' order; arrays (B,) where the counts are.
 
-        DICE = 2 TP / (2 TP + FP + FN)     Jaccard = TP / (TP + FP + FN)     Accuracy = (TP + TN) / all
-        Sensitivity = TP / (TP + FN)       Specificity = TN / (TN + FP)      Balanced Accuracy = their mean
-        Precision = TP / (TP + FP)
-        MCC = (TP TN - FP FN) / sqrt((TP + FP)(TP + FN)(TN + FP)(TN + FN))
+    DICE = 2 TP / (2 TP + FP + FN)     Jaccard = TP / (TP + FP + FN)     Accuracy = (TP + TN) / all
+    Sensitivity = TP / (TP + FN)       Specificity = TN / (TN + FP)      Balanced Accuracy = their mean
+    Precision = TP / (TP + FP)
+    MCC = (TP TN - FP FN) / sqrt((TP + FP)(TP + FN)(TN + FP)(TN + FN))
     """
     TP, FP, FN, TN = (np.asarray(n, dtype=np.float64) for n in counts)
     sensitivity, specificity = ratio(TP, TP + FN), ratio(TN, TN + FP)

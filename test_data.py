@@ -12,11 +12,13 @@ from PIL import Image
 
 import data
 
-NAMES = {"COVID-19": ["covid_1.png", "covid_10.png", "covid_2.PNG"],             # code points: 10 before 2
-         "Non-COVID": ["non_COVID (1).png", "non_COVID (2).png"],
-         "Normal": ["Normal (1).png", "Normal [2].png"]}
+NAMES = {
+    "COVID-19": ["covid_1.png", "covid_10.png", "covid_2.PNG"],  # code points: 10 before 2
+    "Non-COVID": ["non_COVID (1).png", "non_COVID (2).png"],
+    "Normal": ["Normal (1).png", "Normal [2].png"],
+}
 TREE = {"lung": "Lung Segmentation Data", "infection": "Infection Segmentation Data"}
-MASKS = {"lung": ["lung masks"], "infection": ["infection masks", "lung masks"]}    # the first is the task's own
+MASKS = {"lung": ["lung masks"], "infection": ["infection masks", "lung masks"]}  # the first is the task's own
 SIZE = 8
 
 
@@ -56,6 +58,7 @@ def here(root):
 def load(root, tmp_path):
     def load(task="lung", split="Train", *args, **options):
         return data.load(root, task, split, *args, **{"image_size": SIZE, "cache": tmp_path / "cache"} | options)
+
     return load
 
 
@@ -66,11 +69,12 @@ def same(a, b):
 
 # ranges
 
+
 def test_all_256_gray_values_survive_the_way_to_the_model_and_back():
     u = np.arange(256, dtype=np.uint8)
     x = data.to_float(u)
     assert x.dtype == torch.float32 and x[0] == -1 and x[255] == 1
-    assert torch.allclose(x.diff(), torch.tensor(2 / 255), atol=1e-6)       # evenly spaced
+    assert torch.allclose(x.diff(), torch.tensor(2 / 255), atol=1e-6)  # evenly spaced
     assert np.array_equal(data.to_uint8(x), u)
 
 
@@ -156,9 +160,10 @@ def test_to_uint8_refuses_nan():
 
 # one file
 
+
 def test_16_bit_gray_is_scaled_exactly_and_never_clipped(tmp_path):
     v = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    exact = (2 * 255 * v.astype(np.int64) + 65535) // (2 * 65535)           # round(255 v / 65535) in whole numbers
+    exact = (2 * 255 * v.astype(np.int64) + 65535) // (2 * 65535)  # round(255 v / 65535) in whole numbers
     for suffix in (".png", ".tif"):
         Image.fromarray(v).save(tmp_path / f"v{suffix}")
         assert np.array_equal(data.read_gray(tmp_path / f"v{suffix}"), exact)
@@ -177,7 +182,7 @@ def test_one_gray_image_in_every_mode_reads_the_same(tmp_path, mode):
 
 def coloured(mode):
     a = np.stack([GRAY] * 3, -1)
-    a[5, 3, 2] += 1                                                         # one pixel, one channel, one level
+    a[5, 3, 2] += 1  # one pixel, one channel, one level
     return Image.fromarray(a).convert(mode)
 
 
@@ -187,27 +192,35 @@ def transparent(mode):
     return image
 
 
-@pytest.mark.parametrize("image, rule, options", [
-    (coloured("RGB"), "coloured", {}),
-    (coloured("RGBA"), "coloured", {}),
-    (coloured("RGB").quantize(256), "coloured", {}),
-    (transparent("LA"), "transparent", {}),
-    (transparent("RGBA"), "transparent", {}),
-    (Image.fromarray(GRAY), "transparent", {"transparency": int(GRAY[0, 1])}),
-    (Image.fromarray(GRAY), "holds 2 frames", {"save_all": True, "append_images": [Image.fromarray(GRAY.T.copy())]}),
-], ids=["RGB", "RGBA", "palette", "LA", "RGBA-alpha", "tRNS", "frames"])
+@pytest.mark.parametrize(
+    "image, rule, options",
+    [
+        (coloured("RGB"), "coloured", {}),
+        (coloured("RGBA"), "coloured", {}),
+        (coloured("RGB").quantize(256), "coloured", {}),
+        (transparent("LA"), "transparent", {}),
+        (transparent("RGBA"), "transparent", {}),
+        (Image.fromarray(GRAY), "transparent", {"transparency": int(GRAY[0, 1])}),
+        (Image.fromarray(GRAY), "holds 2 frames", {"save_all": True, "append_images": [Image.fromarray(GRAY.T.copy())]}),
+    ],
+    ids=["RGB", "RGBA", "palette", "LA", "RGBA-alpha", "tRNS", "frames"],
+)
 def test_images_that_are_not_one_opaque_gray_picture_are_refused(tmp_path, image, rule, options):
     image.save(tmp_path / "x (1).png", **options)
     with pytest.raises(data.DataError, match=rf"x \(1\)\.png: .*{rule}"):
         data.read_gray(tmp_path / "x (1).png")
 
 
-@pytest.mark.parametrize("image, suffix, rule", [
-    (Image.fromarray(GRAY.astype(np.float32)), "tif", "pixels of kind F"),
-    (Image.fromarray(GRAY).convert("CMYK"), "tif", "pixels of kind CMYK"),
-    (Image.fromarray(GRAY.astype(np.int32) - 1), "tif", r"gray values -1\.\.251"),
-    (Image.fromarray(GRAY.astype(np.int32) * 300), "tif", r"gray values 0\.\.75600"),
-], ids=["float", "CMYK", "negative", "too large"])
+@pytest.mark.parametrize(
+    "image, suffix, rule",
+    [
+        (Image.fromarray(GRAY.astype(np.float32)), "tif", "pixels of kind F"),
+        (Image.fromarray(GRAY).convert("CMYK"), "tif", "pixels of kind CMYK"),
+        (Image.fromarray(GRAY.astype(np.int32) - 1), "tif", r"gray values -1\.\.251"),
+        (Image.fromarray(GRAY.astype(np.int32) * 300), "tif", r"gray values 0\.\.75600"),
+    ],
+    ids=["float", "CMYK", "negative", "too large"],
+)
 def test_files_of_other_number_kinds_are_refused(tmp_path, image, suffix, rule):
     image.save(tmp_path / f"x.{suffix}")
     with pytest.raises(data.DataError, match=rule):
@@ -216,7 +229,7 @@ def test_files_of_other_number_kinds_are_refused(tmp_path, image, suffix, rule):
 
 def test_damaged_files_are_refused(tmp_path):
     good = save(tmp_path / "x.png", GRAY).read_bytes()
-    for content in (good[:len(good) // 2], good[:-20], b"not a picture", b""):
+    for content in (good[: len(good) // 2], good[:-20], b"not a picture", b""):
         (tmp_path / "x.png").write_bytes(content)
         with pytest.raises(data.DataError, match=r"x\.png: cannot be read: \S"):
             data.read_gray(tmp_path / "x.png")
@@ -237,8 +250,9 @@ def test_a_flipped_bit_anywhere_in_the_pixels_of_a_file_is_noticed(tmp_path):
 INSIDE = np.tri(8, dtype=bool)
 
 
-@pytest.mark.parametrize("a", [INSIDE * np.uint8(255), INSIDE * np.uint8(1), INSIDE * np.uint16(65535),
-                               INSIDE * np.uint16(1), INSIDE * np.uint16(255), INSIDE], ids=str)
+@pytest.mark.parametrize(
+    "a", [INSIDE * np.uint8(255), INSIDE * np.uint8(1), INSIDE * np.uint16(65535), INSIDE * np.uint16(1), INSIDE * np.uint16(255), INSIDE], ids=str
+)
 def test_a_mask_of_two_values_is_read_at_every_depth(tmp_path, a):
     mask = data.read_mask(save(tmp_path / "m.png", a))
     assert mask.dtype == bool and np.array_equal(mask, INSIDE)
@@ -249,10 +263,16 @@ def test_a_mask_of_one_value_is_blank_or_full(tmp_path, value, inside):
     assert (data.read_mask(save(tmp_path / "m.png", np.full((4, 4), value, np.uint8))) == inside).all()
 
 
-@pytest.mark.parametrize("values, found", [
-    ([0, 127], "0, 127"), ([0, 1, 255], "0, 1, 255"), ([1, 255], "1, 255"), ([0, 254], "0, 254"),
-    (range(0, 256, 10), r"0, 10, 20, 30, 40, \.\.\. \(26 values\)"),
-])
+@pytest.mark.parametrize(
+    "values, found",
+    [
+        ([0, 127], "0, 127"),
+        ([0, 1, 255], "0, 1, 255"),
+        ([1, 255], "1, 255"),
+        ([0, 254], "0, 254"),
+        (range(0, 256, 10), r"0, 10, 20, 30, 40, \.\.\. \(26 values\)"),
+    ],
+)
 def test_a_mask_of_other_values_is_refused_by_naming_them(tmp_path, values, found):
     a = np.resize(np.array(values, np.uint8), (6, 6))
     with pytest.raises(data.DataError, match=rf"m\.png: a mask has the values 0 and 255, or 0 and 1; found {found}$"):
@@ -261,17 +281,18 @@ def test_a_mask_of_other_values_is_refused_by_naming_them(tmp_path, values, foun
 
 # resizing
 
+
 def test_256_to_64_is_the_mean_of_4_by_4_pixels_rounded_once():
     a = np.random.default_rng(0).integers(0, 256, (256, 256), dtype=np.uint8)
     mean = a.reshape(64, 4, 64, 4).mean((1, 3))
-    assert np.abs(data.resize_image(a, 64) - mean).max() <= 0.5             # two roundings would exceed it
+    assert np.abs(data.resize_image(a, 64) - mean).max() <= 0.5  # two roundings would exceed it
 
 
 def test_a_resized_mask_is_inside_where_half_or_more_is():
-    for k in (2, 3, 4, 6):                                                  # k x k pixels, 0 .. k*k of them inside
-        blocks = np.array([[np.arange(k * k) < n for n in range(k * k + 1)]])                 # (1, k*k+1, k*k)
-        row = np.concatenate([b.reshape(k, k) for b in blocks[0]], 1)                         # (k, k*(k*k+1))
-        a = np.tile(row, (k * k + 1, 1))                                                      # square
+    for k in (2, 3, 4, 6):  # k x k pixels, 0 .. k*k of them inside
+        blocks = np.array([[np.arange(k * k) < n for n in range(k * k + 1)]])  # (1, k*k+1, k*k)
+        row = np.concatenate([b.reshape(k, k) for b in blocks[0]], 1)  # (k, k*(k*k+1))
+        a = np.tile(row, (k * k + 1, 1))  # square
         expected = np.arange(k * k + 1) * 2 >= k * k
         mask = data.resize_mask(a, k * k + 1)
         assert mask.dtype == bool and (mask == expected).all()
@@ -279,11 +300,12 @@ def test_a_resized_mask_is_inside_where_half_or_more_is():
 
 def test_at_its_own_size_nothing_changes_and_any_shape_becomes_square():
     assert np.array_equal(data.resize_image(GRAY, 8), GRAY) and np.array_equal(data.resize_mask(INSIDE, 8), INSIDE)
-    wide = np.repeat(np.array([[10, 200]], np.uint8), 5, 0)                 # (5, 2)
+    wide = np.repeat(np.array([[10, 200]], np.uint8), 5, 0)  # (5, 2)
     assert data.resize_image(wide, 4).tolist() == [[10, 10, 200, 200]] * 4
 
 
 # one split
+
 
 @pytest.mark.parametrize("task", ["lung", "infection"])
 def test_each_row_holds_the_image_and_the_mask_of_its_own_name(tmp_path, task):
@@ -324,8 +346,9 @@ def test_order_is_class_then_name_whatever_the_directory_says(load, monkeypatch,
 
 def test_many_threads_decode_what_one_does(tmp_path):
     rng = np.random.default_rng(0)
-    paths = [save(tmp_path / "images" / f"{i}.png", rng.integers(0, 256, ((512, 8)[i % 2],) * 2, dtype=np.uint8))
-             for i in range(24)]                    # large and small in turn, so that they finish out of order
+    paths = [
+        save(tmp_path / "images" / f"{i}.png", rng.integers(0, 256, ((512, 8)[i % 2],) * 2, dtype=np.uint8)) for i in range(24)
+    ]  # large and small in turn, so that they finish out of order
     alone, together = data.decode(paths, 8, workers=1), data.decode(paths, 8, workers=8)
     assert np.array_equal(alone[0], together[0]) and np.array_equal(alone[1], together[1])
     assert alone[1][:2].tolist() == [[512, 512], [8, 8]] and len({a.tobytes() for a in alone[0]}) == 24
@@ -334,8 +357,7 @@ def test_many_threads_decode_what_one_does(tmp_path):
 def test_doubled_folder_single_folder_and_the_tree_itself_are_the_same(tmp_path):
     tree = write_tree(tmp_path / "doubled")
     write_tree(tmp_path / "single", doubled=False)
-    splits = [data.load(r, "lung", "Val", None, SIZE, tmp_path / "cache")
-              for r in (tmp_path / "doubled", tmp_path / "single", tree, tree.parent)]
+    splits = [data.load(r, "lung", "Val", None, SIZE, tmp_path / "cache") for r in (tmp_path / "doubled", tmp_path / "single", tree, tree.parent)]
     assert all(same(s, splits[0]) for s in splits)
 
 
@@ -362,13 +384,16 @@ def test_a_choice_of_classes_is_that_part_of_the_whole(load):
     assert np.array_equal(part.images, whole.images[3:5]) and np.array_equal(part.masks, whole.masks[3:5])
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"task": "lungs"}, "task must be one of lung, infection, synthesis; got 'lungs'"),
-    ({"split": "train"}, "split must be one of Train, Val, Test; got 'train'"),
-    ({"classes": ["Normal", "covid"]}, "classes must be some of COVID-19, Non-COVID, Normal; got 'Normal', 'covid'"),
-    ({"classes": []}, "classes must be some of .*; got none"),
-    ({"image_size": 0}, "image_size must be 1 or more; got 0"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"task": "lungs"}, "task must be one of lung, infection, synthesis; got 'lungs'"),
+        ({"split": "train"}, "split must be one of Train, Val, Test; got 'train'"),
+        ({"classes": ["Normal", "covid"]}, "classes must be some of COVID-19, Non-COVID, Normal; got 'Normal', 'covid'"),
+        ({"classes": []}, "classes must be some of .*; got none"),
+        ({"image_size": 0}, "image_size must be 1 or more; got 0"),
+    ],
+)
 def test_arguments_are_refused_by_naming_what_is_allowed(load, options, message):
     with pytest.raises(data.DataError, match=message):
         load(**options)
@@ -412,22 +437,25 @@ def break_(what, here):
             coloured("RGB").save(here / "images" / name)
 
 
-@pytest.mark.parametrize("what, message", [
-    ("mask", r"images/covid_10\.png: has no mask of the same name$"),
-    ("two masks", r"images/covid_10\.png: has no mask of the same name \(and 1 more bad files\)$"),
-    ("image", r"images/covid_10\.png: is missing, and has a mask$"),
-    ("leak", r"Train/COVID-19/images/covid_10\.png: is in Val too; a file may be in one split only$"),
-    ("stray", r"images/notes\.txt: only \.png files belong here$"),
-    ("subfolder", r"images/more\.png: only \.png files belong here$"),
-    ("empty", r"COVID-19/images: holds no \.png file$"),
-    ("folder", r"COVID-19/images: no such folder$"),
-    ("size", r"COVID-19/covid_10\.png: the image is \[8, 8\], its mask \[16, 16\] \(H, W\)$"),
-    ("gray mask", r"lung masks/covid_10\.png: a mask has the values 0 and 255, or 0 and 1; found 0, 4, 8"),
-    ("two colours", r"images/covid_1\.png: coloured pixels.* \(and 1 more bad files\)$"),
-])
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("mask", r"images/covid_10\.png: has no mask of the same name$"),
+        ("two masks", r"images/covid_10\.png: has no mask of the same name \(and 1 more bad files\)$"),
+        ("image", r"images/covid_10\.png: is missing, and has a mask$"),
+        ("leak", r"Train/COVID-19/images/covid_10\.png: is in Val too; a file may be in one split only$"),
+        ("stray", r"images/notes\.txt: only \.png files belong here$"),
+        ("subfolder", r"images/more\.png: only \.png files belong here$"),
+        ("empty", r"COVID-19/images: holds no \.png file$"),
+        ("folder", r"COVID-19/images: no such folder$"),
+        ("size", r"COVID-19/covid_10\.png: the image is \[8, 8\], its mask \[16, 16\] \(H, W\)$"),
+        ("gray mask", r"lung masks/covid_10\.png: a mask has the values 0 and 255, or 0 and 1; found 0, 4, 8"),
+        ("two colours", r"images/covid_1\.png: coloured pixels.* \(and 1 more bad files\)$"),
+    ],
+)
 def test_bad_data_stops_the_load_and_names_the_file_and_the_rule(here, load, tmp_path, what, message):
     break_(what, here)
-    for _ in range(2):                              # the second time a cache may answer, and must let nothing through
+    for _ in range(2):  # the second time a cache may answer, and must let nothing through
         with pytest.raises(data.DataError, match=message) as e:
             load()
         assert "\n" not in str(e.value)
@@ -451,6 +479,7 @@ def test_a_refused_file_leaves_no_cache(here, load, tmp_path, what):
 
 
 # the cache
+
 
 @pytest.fixture
 def decoded(monkeypatch):
@@ -500,7 +529,7 @@ def test_a_file_of_another_length_is_decoded_again_though_its_time_is_the_same(h
 
 
 def test_files_that_come_and_go_are_seen(here, load):
-    for file in here.glob("*/*"):                   # all of one length and one time: only the names tell
+    for file in here.glob("*/*"):  # all of one length and one time: only the names tell
         save(file, np.asarray(Image.open(file)), compress_level=0)
         os.utime(file, (0, 0))
     first = load()
@@ -524,9 +553,11 @@ def test_a_flipped_byte_anywhere_in_the_cache_is_noticed(load, tmp_path, capsys)
     assert f"cache {file} is damaged (wrong checksum); decoding the images again\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:40], lambda b: b"", lambda b: b + b"x",
-                                    lambda b: b"PK\x03\x04 something else", lambda b: bytes(1000)],
-                         ids=["short", "head only", "empty", "long", "foreign", "zeros"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b[:-1], lambda b: b[:40], lambda b: b"", lambda b: b + b"x", lambda b: b"PK\x03\x04 something else", lambda b: bytes(1000)],
+    ids=["short", "head only", "empty", "long", "foreign", "zeros"],
+)
 def test_a_truncated_or_foreign_cache_is_rebuilt_and_that_is_said(load, tmp_path, capsys, damage):
     first = load()
     for file in (tmp_path / "cache").iterdir():
@@ -539,6 +570,7 @@ def test_a_truncated_or_foreign_cache_is_rebuilt_and_that_is_said(load, tmp_path
 def test_an_interrupted_write_leaves_no_cache(load, tmp_path, monkeypatch, decoded):
     def interrupt(*_):
         raise KeyboardInterrupt
+
     with monkeypatch.context() as m:
         m.setattr(data.os, "replace", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -550,9 +582,11 @@ def test_an_interrupted_write_leaves_no_cache(load, tmp_path, monkeypatch, decod
 
 def test_the_cache_file_appears_under_its_name_only_when_it_is_whole(load, tmp_path, monkeypatch):
     seen, replace = [], os.replace
+
     def look(temporary, file):
         seen.append(file.exists() or temporary.parent != file.parent)
         replace(temporary, file)
+
     monkeypatch.setattr(data.os, "replace", look)
     load()
     assert seen == [False] * 6
@@ -561,6 +595,7 @@ def test_the_cache_file_appears_under_its_name_only_when_it_is_whole(load, tmp_p
 def test_an_interrupted_decoding_stops_at_once_and_leaves_no_cache(here, load, tmp_path, monkeypatch):
     def interrupt(done, total):
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         load(progress=interrupt)
     assert not (tmp_path / "cache").exists()
@@ -589,6 +624,7 @@ def test_a_change_of_the_decoding_makes_older_caches_stale(load, decoded, monkey
 
 # progress
 
+
 def test_progress_counts_every_file_to_be_decoded(load):
     calls = []
     load(progress=lambda *a: calls.append(a))
@@ -602,9 +638,11 @@ def test_the_progress_line_says_rate_and_time_left_every_ten_seconds(monkeypatch
     for seconds, done in ((1, 500), (20, 1000), (21, 1050), (3719, 33000), (3720, 33920)):
         now[0] = 100.0 + seconds
         progress(done, 33920)
-    assert capsys.readouterr().err == ("decoding 1000/33920 50/s 10:58 left\n"          # 32920 left, at 1000 in 20 s
-                                       "decoding 33000/33920 8.87/s 1:44 left\n"
-                                       "decoding 33920/33920 9.12/s took 1:02:00\n")
+    assert capsys.readouterr().err == (
+        "decoding 1000/33920 50/s 10:58 left\n"  # 32920 left, at 1000 in 20 s
+        "decoding 33000/33920 8.87/s 1:44 left\n"
+        "decoding 33920/33920 9.12/s took 1:02:00\n"
+    )
 
 
 def test_on_a_terminal_the_progress_line_overwrites_itself(monkeypatch, capsys):
@@ -621,6 +659,7 @@ def test_on_a_terminal_the_progress_line_overwrites_itself(monkeypatch, capsys):
 
 # where the data is
 
+
 def test_locate_takes_a_given_folder_or_says_what_it_looked_for(root, tmp_path):
     assert data.locate(str(root), "lung") == (root, False)
     with pytest.raises(data.DataError, match=r"no data for infection: looked for Train, Val, Test in .*Infection Segm"):
@@ -632,7 +671,7 @@ def test_locate_takes_a_given_folder_or_says_what_it_looked_for(root, tmp_path):
 def test_locate_without_a_folder_takes_the_first_home_that_is_there_else_phantoms(root, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "DATA_HOMES", (tmp_path / "nowhere", root))
     assert data.locate(None, "lung") == (root, False)
-    with pytest.raises(data.DataError, match="no data for infection"):      # a data set that lacks it is no reason for phantoms
+    with pytest.raises(data.DataError, match="no data for infection"):  # a data set that lacks it is no reason for phantoms
         data.locate(None, "infection")
     monkeypatch.setattr(data, "DATA_HOMES", (tmp_path / "nowhere",))
     assert data.locate(None, "infection") == (data.PHANTOMS, True)
@@ -696,6 +735,7 @@ def test_the_masks_of_a_phantom_are_those_of_its_class(phantoms):
 
 def test_the_masks_of_a_phantom_fit_its_picture(phantoms):
     """Lung is darker than what lies around it, infection brighter than the lung beside it; masks of the next phantom fit worse."""
+
     def contrast(images, inside, beside):
         return np.mean([im[a].mean() - im[b].mean() for im, a, b in zip(images, inside, beside) if a.any() and b.any()])
 
@@ -744,6 +784,7 @@ def test_phantoms_are_written_in_the_layout_and_read_by_the_loader(tmp_path):
 
 def test_an_interrupted_drawing_leaves_no_tree(tmp_path):
     """Stopped after the third phantom: neither the tree nor a part of it is there, and the next call draws it whole."""
+
     def stop(done, total):
         if done == 3:
             raise KeyboardInterrupt

@@ -176,7 +176,7 @@ def test_eq7_eps_of_undoes_target_of(target):
 
 
 def test_eq7_the_targets_are_what_they_are_called():
-    """"eps" is eps, "x0" is x_0; (x_t, v) is (x_0, eps) turned by an angle: rows orthonormal, determinant +1."""
+    """ "eps" is eps, "x0" is x_0; (x_t, v) is (x_0, eps) turned by an angle: rows orthonormal, determinant +1."""
     x0, eps = images(2, 1, 2, 2), images(2, 1, 2, 2, seed=1)
     assert D.target_of(S, "eps", x0, 7, eps) is eps and D.target_of(S, "x0", x0, 7, eps) is x0
     xt = coefficients(lambda x0, eps: D.q_sample(S, x0, EVERY_T, eps), S.T)

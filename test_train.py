@@ -264,6 +264,24 @@ def test_the_gradient_does_not_depend_on_the_micro_batch_nor_on_recomputation():
         torch.testing.assert_close(g, gradients[0], rtol=1e-9, atol=1e-12)
 
 
+def test_several_noises_of_an_image_give_the_mean_of_their_gradients_and_one_embedding():
+    """K = 3 noises each, in pieces of 2 images: the gradient is the mean of the three that know one noise; an X-ray is embedded once."""
+    x0, y = data.to_float(split(4).masks).double(), data.to_float(split(4).images).double()
+    cfg, gradients, embedded = config(noises=3, micro_batch=2), [], []
+    t, eps = train.draws(cfg, 1, x0)
+    for k in (0, 1, 2, None):
+        one = config() if k is not None else cfg
+        trainer = train.Trainer(one, CPU)
+        shake(trainer.model.double())
+        trainer.model.embedder.register_forward_hook(lambda module, args, out: embedded.append(len(args[0])))
+        trainer.gradient(x0, y, *((t, eps) if k is None else (t[:, k : k + 1], eps[:, k : k + 1])))
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+    *each, together = gradients
+    assert (each[0] - each[1]).norm() > 0.1 * together.norm() > 0
+    torch.testing.assert_close(together, sum(each) / 3, rtol=1e-6, atol=1e-9)
+    assert embedded[-2:] == [2, 2]
+
+
 def test_sec44_the_gradient_of_a_supervised_network_is_that_of_its_loss_in_pieces_too():
     """No noise is drawn: two pieces of 3 and 1 X-rays give the gradient of l_supervised on all 4."""
     cfg = config(model="unet", cond=None, micro_batch=3)
@@ -464,6 +482,15 @@ def test_eq7_t_is_drawn_from_1_to_T_with_the_density_of_t_power(power):
         assert (t <= k).double().mean() == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 20_000))
 
 
+def test_the_noises_of_an_image_share_out_the_times():
+    """Four noises each: their t lie in the four quarters of t's distribution, in order; their eps differ."""
+    t, eps = train.draws(config(noises=4, t_power=2.0), 1, torch.zeros(3000, 1, 2, 2))
+    assert t.shape == (3000, 4) and eps.shape == (3000, 4, 1, 2, 2) and not torch.equal(eps[:, 0], eps[:, 1])
+    quarter = (t / 1000) ** 2 * 4
+    for k in range(4):
+        assert k < quarter[:, k].min() and quarter[:, k].max() <= k + 1.008 and abs(quarter[:, k].mean() - k - 0.5) < 0.03
+
+
 def test_the_learning_rate_warms_up_then_stays_or_falls_to_nothing():
     """Linear in the first steps, lr after them; the cosine ends within 1/steps^2 of 0."""
     cfg = config(lr=1.0, warmup=10, steps=1000, lr_decay="none")
@@ -625,8 +652,11 @@ def test_each_switch_of_the_conditioning_reaches_the_network():
     assert [net.embedder.blocks[0].scale for net in (plain, switched)] == [1.0, 0.2]
     is_sum = [torch.allclose(w[:, 0], w[:, 1:].sum(1), atol=1e-6) for w in (plain.unet.stem.weight, switched.unet.stem.weight)]
     assert is_sum == [False, True]
-    widths = [train.configure(train.parse(f"--task lung --model {model} --preset {preset}".split()), CPU).channels
-              for preset in ("report", "small") for model in ("unet", "report-unet")]
+    widths = [
+        train.configure(train.parse(f"--task lung --model {model} --preset {preset}".split()), CPU).channels
+        for preset in ("report", "small")
+        for model in ("unet", "report-unet")
+    ]
     assert widths == [64, 192, 32, 16]
 
 
@@ -866,6 +896,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(go, monkeypatc
 
 def test_an_evaluation_that_does_not_fit_into_memory_takes_smaller_pieces():
     """Work that refuses more than 3 rows at once: all rows, in order, each once."""
+
     def work(rows):
         if len(rows) > 3:
             raise torch.OutOfMemoryError("planted")
@@ -912,6 +943,7 @@ def test_a_run_goes_on_with_the_images_it_began_with(go, monkeypatch, no_picture
 
 def test_a_run_ends_well_where_there_is_no_git(go, monkeypatch, no_pictures):
     """results.json then says that the commit is unknown."""
+
     def no_git(*_, **__):
         raise FileNotFoundError("git")
 

@@ -58,7 +58,7 @@ MODELS = ("diffusion", *baselines.U_NETS, "report-unet")  # all but the first se
 EVAL_SEED = 0  # chooses the evaluated images and their x_T: the same in every run, so that runs compare (§4.3)
 OBJECTIVES = ("eps", "ncsn", "vp")
 SAMPLERS = ("ddim", "ddpm", "ode", "sde", "pc", "langevin")
-OF_DIFFUSION = ("objective", "target", "shift", "t_power", "sampler", "ddim_steps", "eta", "ensemble")  # what the others have no use for
+OF_DIFFUSION = ("objective", "target", "shift", "t_power", "noises", "sampler", "ddim_steps", "eta", "ensemble")  # what the others have no use for
 PROTOCOL = ("eval_images", "sampler", "ddim_steps", "eta", "ensemble")  # how an evaluation samples; --resume may change it
 RESUMABLE = ("steps", "micro_batch", "eval_every", *PROTOCOL)  # what may change when a run goes on
 SAVE_EVERY = 300  # seconds between checkpoints
@@ -112,6 +112,7 @@ class Config:
     target: str = "eps"  # what the network predicts: eps is Eq. (7)
     shift: float = 1.0  # the schedule's signal-to-noise ratio is shift^2 times that of §3.2; below 1: more noise
     t_power: float = 1.0  # t is drawn with density t^(t_power - 1): 1 is Eq. (7)'s uniform, 2 prefers high noise
+    noises: int = 1  # draws of t and eps for each image of a batch, each from another part of t's distribution; its X-ray is embedded once
     augment: float = 0.0  # strength of data.augment on X-ray and mask; 0: none, as the report
     epochs: float = 100.0  # §4.4; 2400 in §4.5
     steps: int = 0  # gradient steps; 0: as many as the epochs take
@@ -188,6 +189,7 @@ def parse(argv):
     p.add_argument("--target", choices=diffusion.TARGETS, help="what the network predicts: the noise (Eq. 7), a mix, the image")
     p.add_argument("--shift", type=float, metavar="X", help="signal-to-noise ratio of the schedule, times X^2: below 1 more noise; 1: §3.2")
     p.add_argument("--t-power", type=float, metavar="X", help="t is drawn with density t^(X-1): 1 uniform (Eq. 7), 2 more noise")
+    p.add_argument("--noises", type=int, metavar="N", help="noised copies of each mask or image of a batch; the X-ray is embedded once")
     p.add_argument("--augment", type=float, metavar="X", help="move, turn and expose X-ray and mask anew each time; 0: no")
     p.add_argument("--steps", type=int, metavar="N", help="gradient steps")
     p.add_argument("--epochs", type=float, metavar="X", help="passes over the training images (instead of --steps)")
@@ -273,7 +275,7 @@ def refuse_flags_of_diffusion(args, model):
 def check(cfg):
     """Refuse settings out of range, by the flag's name."""
     least = dict(steps=0, batch_size=1, micro_batch=0, warmup=0, channels=2, image_size=1, ddim_steps=1, ensemble=1)
-    least |= dict(eval_images=2, eval_every=0, seed=0, clip=0, ema=0, rrdbs=1)
+    least |= dict(eval_images=2, eval_every=0, seed=0, clip=0, ema=0, rrdbs=1, noises=1)
     for name, low in least.items():
         if not getattr(cfg, name) >= low:
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(cfg, name)}")
@@ -461,9 +463,10 @@ def kept_for_backward(model, cfg, device):
             seen[storage.data_ptr()] = storage.nbytes()  # a storage that two layers keep counts once
             return x
 
-        x, t = torch.zeros(n, 1, cfg.image_size, cfg.image_size, device=device), torch.ones(n, dtype=torch.long, device=device)
+        y = torch.zeros(n, 1, cfg.image_size, cfg.image_size, device=device)
+        xt, t = y.repeat_interleave(cfg.noises, 0), torch.ones(n * cfg.noises, dtype=torch.long, device=device)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast(cfg, device):
-            model(*((x,) if cfg.supervised else (x, t, x if cfg.cond else None)))
+            model(*((y,) if cfg.supervised else (xt, t, y if cfg.cond else None)))
         return sum(seen.values())
 
     return kept(2) - kept(1)  # what is kept once, weights in 16 bits, falls out
@@ -531,19 +534,21 @@ def ncsn_steps(T):
 
 
 def draws(cfg, step, like):
-    """t and eps of Eq. (7) for batch `step`, a function of (seed, step) alone, the same on every device.
+    """t (B, K) and eps (B, K, C, H, W) of Eq. (7) for batch `step`, K = cfg.noises for each image of like (B, C, H, W).
 
-    t is int64 in 1..T; with objective ncsn among the steps of its levels; with vp float64 in [1, T].
+    A function of (seed, step) alone, the same on every device. The K draws of an image come from K parts, of equal probability, of t's
+    distribution. t is int64 in 1..T; with objective ncsn among the steps of its levels; with vp float64 in [1, T].
     """
-    g = generator(cfg.seed, 2, step)
-    u = torch.rand(len(like), generator=g, dtype=torch.float64)
+    g, K = generator(cfg.seed, 2, step), cfg.noises
+    u = (torch.arange(K) + torch.rand(len(like), K, generator=g, dtype=torch.float64)) / K
     t = (cfg.T * u ** (1 / cfg.t_power)).clamp(min=1)  # P(t <= k) = (k / T)^t_power
     if cfg.objective == "ncsn":
         steps = torch.tensor(ncsn_steps(cfg.T)[::-1])
         t = steps[(len(steps) * u ** (1 / cfg.t_power)).long()]
     elif cfg.objective == "eps":
         t = t.ceil().long()
-    return t, torch.randn(like.shape, generator=g, pin_memory=like.is_cuda).to(like.device, non_blocking=True)
+    eps = torch.randn(len(like), K, *like.shape[1:], generator=g, pin_memory=like.is_cuda)
+    return t, eps.to(like.device, non_blocking=True)
 
 
 def learning_rate(cfg, step):
@@ -627,7 +632,7 @@ class Trainer:
     def gradient(self, x0, y, t, eps):
         """Gradient of the batch's mean loss, in pieces of micro_batch images; the pieces halve when memory runs out.
 
-        x0, y, t, eps: of the images of this process. The gradient is the sum over all; the loss returned is this process's part.
+        x0, y, t, eps: of the images of this process; t and eps as from draws. The gradient is the sum over all; the loss returned is this process's part.
         """
         while True:
             try:
@@ -653,6 +658,8 @@ class Trainer:
 
     def piece(self, x0, y, t, eps, share):
         """Add the gradient of one piece, which is this share of the batch. Returns its part of the mean loss."""
+        if not self.cfg.supervised:
+            x0, t, eps = x0.repeat_interleave(self.cfg.noises, 0), t.flatten(), eps.flatten(0, 1)
         with autocast(self.cfg, self.device):
             if self.cfg.supervised:
                 loss = baselines.l_supervised(self.parallel(y), x0) * share
@@ -909,7 +916,8 @@ def evaluate_images(model, cfg, splits, device, progress=None):
     for name, split in splits.items():
         rows = chosen(len(split.images), cfg.eval_images)
         x0 = data.to_float(split.images[rows])
-        t, eps = draws(dataclasses.replace(cfg, seed=EVAL_SEED, t_power=1.0, objective="eps"), 0, x0)
+        t, eps = draws(dataclasses.replace(cfg, seed=EVAL_SEED, t_power=1.0, noises=1, objective="eps"), 0, x0)
+        t, eps = t[:, 0], eps[:, 0]
 
         def loss(i, x0=x0, t=t, eps=eps):
             with autocast(cfg, device):

@@ -263,9 +263,7 @@ def check_sizes(channels, widths, resolutions, attention_at, head_channels, imag
     if channels < 2 or channels % 2:
         raise ValueError(f"channels must be even (cos and sin of the time embedding) and at least 2, got {channels}")
     if image_size % 2 ** (len(widths) - 1):
-        raise ValueError(
-            f"image_size must be divisible by {2 ** (len(widths) - 1)} for {len(widths)} levels, got {image_size}"
-        )
+        raise ValueError(f"image_size must be divisible by {2 ** (len(widths) - 1)} for {len(widths)} levels, got {image_size}")
     for resolution in attention_at:
         if resolution not in resolutions:
             raise ValueError(f"attention_at must be among the resolutions {resolutions}, got {resolution}")
@@ -326,5 +324,9 @@ class ConditionalUNet(nn.Module):
         return self.unet(torch.cat([xt, e], 1), t)
 
     def forward(self, xt, t, y=None):
-        """xt (B, 1, H, W), t (B,) int64, y (B, 1, H, W) in [-1, 1] or None -> (B, 1, H, W)."""
-        return self.denoise(xt, t, self.embed(y))
+        """xt (B, 1, H, W), t (B,) int64, y (B, 1, H, W) in [-1, 1] or None -> (B, 1, H, W).
+
+        y may hold B / K X-rays, each of which serves K masks in a row; it is embedded once for them.
+        """
+        e = self.embed(y)
+        return self.denoise(xt, t, e if e is None else e.repeat_interleave(len(xt) // len(e), 0))
