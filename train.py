@@ -632,7 +632,8 @@ class Trainer:
     def gradient(self, x0, y, t, eps):
         """Gradient of the batch's mean loss, in pieces of micro_batch images; the pieces halve when memory runs out.
 
-        x0, y, t, eps: of the images of this process; t and eps as from draws. The gradient is the sum over all; the loss returned is this process's part.
+        x0, y, t, eps: of the images of this process; t and eps as from draws. The gradient is the sum over all processes, the loss returned
+        this one's part.
         """
         while True:
             try:
