@@ -3,6 +3,7 @@ r"""What a user waits and pays for, measured in one run on this machine, as medi
     python benchmark.py                         the small preset where there is no NVIDIA GPU, the report's where there is
     python benchmark.py --peers                 beside the nearest equal networks of diffusers, MONAI and denoising-diffusion-pytorch,
                                                 where they are installed
+    python benchmark.py --models                what a mask costs: the supervised networks, and diffusion by its passes
     python benchmark.py --gains                 what each choice of the step and of the sampler is worth: the time without it
     python benchmark.py --scaling               time and memory against batch, image size, channels and number of images, with the exponent
     python benchmark.py --decode 33920          decode so many 256x256 X-rays and masks, and read them from the cache
@@ -159,7 +160,7 @@ def sampling_job(cfg, device, n, model=None):
     if cfg.task == "synthesis":
         return lambda: train.sample_images(model, cfg, range(n), device)
     y = data.to_float(random_split(cfg, n)[0]).to(device)
-    return lambda: train.sample_masks(model, cfg, y, range(n), device=device)
+    return lambda: train.sample_masks(model, cfg, y, range(n), cfg.ensemble, device)
 
 
 def decoding_seconds(folder, n=120):
@@ -401,7 +402,7 @@ def measure(cfg, device, rounds, folder):
     gc.collect()
     rates = machine_rates(device, dtype, rounds)
     decoded, cached = decoding_seconds(folder)
-    step_flops, sample_flops = 3 * forward * cfg.batch_size, forward * n * cfg.ddim_steps  # backward is twice forward
+    step_flops, sample_flops = 3 * forward * cfg.batch_size * cfg.noises, forward * n * cfg.ddim_steps  # backward is twice forward
     return {
         "seconds a training step": seconds["step"],
         "training images/s": cfg.batch_size / seconds["step"],
@@ -439,6 +440,35 @@ def compare(cfg, device, rounds):
         job = (peer_training_job, name, cfg, device) if name in peers else (training_job, ours[name], device)
         seconds = dict(step=step_s[name], sampling=sample_s[name])
         rows.append(dict(network=name, parameters=count(model), **seconds, memory=peak_memory(run_steps, *job)))
+    return rows
+
+
+def models(cfg, device, rounds):
+    """What a training image and a mask cost: rows of the supervised networks of the preset, and of diffusion in several passes.
+
+    n masks are drawn together, as in an evaluation. FLOP a mask is counted on the network, the X-ray embedded once.
+    """
+    n = min(cfg.batch_size, 64)
+    words = f"--task lung --preset {cfg.preset} --precision {cfg.precision} --batch-size {cfg.batch_size} --image-size {cfg.image_size}".split()
+    configs = {name: train.configure(train.parse([*words, "--model", name]), device) for name in train.baselines.U_NETS}
+    configs = {name: dataclasses.replace(c, steps=cfg.steps) for name, c in configs.items()}
+    configs["report-unet"] = dataclasses.replace(cfg, model="report-unet")
+    diffusion = [dataclasses.replace(cfg, ddim_steps=passes) for passes in dict.fromkeys((1, cfg.ddim_steps, 50))]
+    diffusion.append(dataclasses.replace(cfg, ensemble=9))
+    configs |= {f"diffusion, {c.ensemble} x DDIM-{c.ddim_steps}": c for c in diffusion}
+    step_s = interleaved({c.model: training_job(c, device) for c in configs.values()}, device, rounds)
+    gc.collect()
+    mask_s = interleaved({name: sampling_job(c, device, n) for name, c in configs.items()}, device, rounds)
+    rows = []
+    for name, c in configs.items():
+        with torch.device("meta"):
+            model, y, t = train.build_model(c), torch.empty(1, 1, c.image_size, c.image_size), torch.ones(1, dtype=torch.long)
+            flop = flops_of(model, *((y,) if c.supervised else (y, t, y)))
+            if not c.supervised:
+                unet_input = torch.empty(1, model.unet.in_channels, c.image_size, c.image_size)
+                flop += (c.ensemble * c.ddim_steps - 1) * flops_of(model.unet, unet_input, t)
+        seconds = dict(training=step_s[c.model] / c.batch_size, mask=mask_s[name] / n)
+        rows.append(dict(model=name, parameters=sum(p.numel() for p in model.parameters()), flop=flop, **seconds))
     return rows
 
 
@@ -503,6 +533,11 @@ def tables(result):
         for row in rows:
             ratios = f"{base['step'] / row['step']:.2f} | {row['sampling']:.3f} | {base['sampling'] / row['sampling']:.2f}"
             lines.append(f"| {row['network']} | {row['parameters']:,} | {row['step']:.3f} | {ratios} | {row['memory'] / 1e9:.2f} |")
+    if rows := result.get("models"):
+        lines += ["", "| model | parameters | training, ms an image | a mask, GFLOP | a mask, ms |", "|---" * 5 + "|"]
+        for row in rows:
+            name, count, training, mask = row["model"], row["parameters"], 1e3 * row["training"], 1e3 * row["mask"]
+            lines.append(f"| {name} | {count:,} | {training:.1f} | {row['flop'] / 1e9:.2f} | {mask:.1f} |")
     if found := result.get("gains"):
         lines += ["", "| choice | time without it / with it |", "|---|---|", *(f"| {name} | {ratio:.2f} |" for name, ratio in found.items())]
     if rows := result.get("scaling"):
@@ -521,6 +556,7 @@ def parse(argv):
     p = train.Parser(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=train.PRESETS, help="as train.py")
     p.add_argument("--peers", action="store_true", help="measure the installed peers too")
+    p.add_argument("--models", action="store_true", help="measure the supervised networks, and diffusion by its passes")
     p.add_argument("--gains", action="store_true", help="measure each choice of the step and of the sampler")
     p.add_argument("--scaling", action="store_true", help="measure against batch, image size, channels and number of images")
     p.add_argument("--decode", type=int, metavar="N", help="measure decoding of N X-rays and masks")
@@ -550,6 +586,7 @@ def main(argv=None):
             parts = {
                 "measured": lambda: measure(cfg, device, args.rounds, Path(folder)),
                 "peers": lambda: compare(cfg, device, args.rounds),
+                "models": lambda: models(cfg, device, args.rounds),
                 "gains": lambda: gains(cfg, device, args.rounds),
                 "scaling": lambda: scaling(cfg, device, args.rounds, Path(folder)),
                 "decode": lambda: decode_many(Path(folder, "many"), args.decode),

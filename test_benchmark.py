@@ -65,7 +65,7 @@ def test_the_training_job_is_the_step_of_train_py(monkeypatch):
     job = benchmark.training_job(cfg, CPU)
     job(), job()
     assert steps == [(cfg, (8, 1, 16, 16), (8, 1, 16, 16))] * 2
-    monkeypatch.setattr(train, "sample_masks", lambda model, cfg, y, index, **_: masks.append((cfg.ddim_steps, y.shape, len(index))))
+    monkeypatch.setattr(train, "sample_masks", lambda model, cfg, y, index, *_: masks.append((cfg.ddim_steps, y.shape, len(index))))
     benchmark.sampling_job(config(ddim_steps=7), CPU, 3)()
     assert masks == [(7, (3, 1, 16, 16), 3)]
 
@@ -166,6 +166,33 @@ def test_the_images_of_an_epoch_are_shuffled_once(monkeypatch):
     cfg = config(batch_size=4)
     rows = torch.cat([train.batch_indices(cfg, 40, step) for step in range(1, 11)])
     assert sorted(rows.tolist()) == list(range(40)) and train.order_of.cache_info().misses == 1
+
+
+def test_what_a_mask_costs_is_counted_pass_by_pass_and_timed_for_each_model(monkeypatch):
+    """One pass of diffusion is the report's network, a further pass its U-Net alone; all are called on 4 X-rays, nine masks as nine."""
+    drawn = []
+    monkeypatch.setattr(
+        train, "sample_masks", lambda model, cfg, y, index, members, device: drawn.append((cfg.model, len(y), cfg.ddim_steps, members))
+    )
+    monkeypatch.setattr(benchmark, "training_job", lambda cfg, device: lambda: drawn.append(cfg.model))
+    monkeypatch.setattr(benchmark, "interleaved", lambda jobs, *_: {name: job() or 2.0 for name, job in jobs.items()})
+    rows = {row["model"]: row for row in benchmark.models(config(ddim_steps=5, image_size=32), CPU, 1)}
+    assert drawn[:4] == ["unet", "res50attunet", "report-unet", "diffusion"]
+    assert set(drawn[4:]) == {(m, 4, 5, 1) for m in ("report-unet", "diffusion")} | {
+        ("diffusion", 4, 1, 1),
+        ("diffusion", 4, 50, 1),
+        ("diffusion", 4, 5, 9),
+    } | {(m, 4, train.PRESETS["small"]["lung"]["ddim_steps"], 1) for m in ("unet", "res50attunet")}
+    flop = {name: row["flop"] for name, row in rows.items()}
+    one, five, fifty, nine = (flop[f"diffusion, {name}"] for name in ("1 x DDIM-1", "1 x DDIM-5", "1 x DDIM-50", "9 x DDIM-5"))
+    net = train.build_model(config(image_size=32)).unet
+    a_pass = benchmark.flops_of(net, torch.zeros(1, 17, 32, 32), torch.ones(1, dtype=torch.long))
+    assert one == flop["report-unet"] > a_pass and (five - one, fifty - one, nine - one) == (4 * a_pass, 49 * a_pass, 44 * a_pass)
+    with torch.device("meta"):
+        assert flop["unet"] == benchmark.flops_of(train.baselines.UNet2015(32), torch.empty(1, 1, 32, 32))
+    assert rows["unet"]["parameters"] == 7_765_409 and rows["unet"]["mask"] == rows["unet"]["training"] == 0.5
+    result = dict(config=dataclasses.asdict(config()), measured={}, models=list(rows.values()), hardware="", torch="", commit="")
+    assert f"| unet | 7,765,409 | 500.0 | {flop['unet'] / 1e9:.2f} | 500.0 |" in benchmark.tables(result)
 
 
 def test_scaling_measures_time_and_memory_and_its_table_has_their_exponents(monkeypatch, tmp_path):
