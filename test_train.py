@@ -308,6 +308,26 @@ def test_sec44_the_mask_of_a_supervised_network_is_its_probability():
     assert passed == [3] and train.passes_of(cfg) == 1 and found.shape == (3, 1, 1, 16, 16)
 
 
+def test_the_test_split_is_seen_only_where_asked_for_and_decides_nothing(go, no_pictures, capsys, monkeypatch):
+    """Three images of Test, evaluated once after training, beside the evaluations and not among them; the same run without it is the same."""
+    status, plain = go("--task lung", "plain")
+    assert status == 0 and "test" not in (plain / "log.jsonl").read_text().lower() and "Test" not in json.loads((plain / "results.json").read_text())
+    load, read = data.load, []
+    monkeypatch.setattr(data, "load", lambda root, task, name, *args, **kw: read.append(name) or load(root, task, name, *args, **kw))
+    status, folder = go("--task lung --test", "tested")
+    assert status == 0 and read == ["Train", "Val", "Test"] and "Test, 3 images: DICE" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "Test" in line] == [4] and "Val" not in lines[-1]
+    tested = json.loads((folder / "results.json").read_text())
+    assert tested["Test"] == lines[-1]["Test"] and tested["Test"]["images"] == 3
+    model, cfg, _ = train.load_run(folder)
+    again, _ = train.evaluate_masks(model, cfg, {"Test": load(cfg.data, "lung", "Test", cfg.classes, 16)}, CPU)
+    assert json.loads(json.dumps(again["Test"])) == tested["Test"]
+    assert tested["evaluation"]["Val"] == json.loads((plain / "results.json").read_text())["evaluation"]["Val"]
+    assert train.main(["--resume", str(plain), "--test"]) == 0 and json.loads((plain / "results.json").read_text())["Test"] == tested["Test"]
+    assert go("--task synthesis --test", "no")[0] == 2 and "--test evaluates masks; --task synthesis has none" in capsys.readouterr().err
+
+
 def test_sec44_a_finished_supervised_run_is_prolonged_but_has_no_passes_to_change(go, no_pictures, capsys):
     status, folder = go("--task lung --model unet")
     assert status == 0 and train.main(["--resume", str(folder), "--ensemble", "9"]) == 2

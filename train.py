@@ -216,6 +216,7 @@ def parse(argv):
     p.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
     p.add_argument("--out", metavar="DIR", help="run folder; default runs/<task>-<cond>-<seed>")
     p.add_argument("--resume", metavar="RUN", help="go on with this run, or evaluate it in another way (--eval-images 512 --ensemble 9)")
+    p.add_argument("--test", action="store_true", help="at the end, evaluate on the Test split too; choose nothing by it")
     p.add_argument("--dry-run", action="store_true", help="print the configuration and the sizes, and stop")
     return p.parse_args(argv)
 
@@ -1152,7 +1153,7 @@ class Run:
 
         cfg, start = self.cfg, time.monotonic()
         self.check_finite()
-        progress = passes_line(f"evaluating step {self.trainer.step}: passes", self.passes() // world(), signals.check)
+        progress = passes_line(f"evaluating step {self.trainer.step}: passes", self.passes(self.splits) // world(), signals.check)
         function = evaluate_images if cfg.task == "synthesis" else evaluate_masks
         model = laid_out(self.trainer.ema, self.device)
         report, shown = function(model, cfg, self.splits, self.device, progress)
@@ -1178,9 +1179,17 @@ class Run:
         number = f"DICE {val['pooled']['DICE index']:.4f}" if "pooled" in val else f"loss {val['loss']:.4f}"
         say(f"step {self.trainer.step}: validation {number} ({best}); {self.folder}/")
 
-    def passes(self):
+    def test(self, splits):
+        """{"Test": as evaluate_masks}, of the chosen images of Test; logged and said."""
+        progress = passes_line("evaluating Test: passes", self.passes(splits) // world())
+        report, _ = evaluate_masks(laid_out(self.trainer.ema, self.device), self.cfg, splits, self.device, progress)
+        self.log.add(step=self.trainer.step, protocol=self.protocol(), **report)
+        say(f"Test, {report['Test']['images']} images: DICE {report['Test']['pooled']['DICE index']:.4f}")
+        return report
+
+    def passes(self, splits):
         """Images through the network in one evaluation."""
-        cfg, N = self.cfg, {name: len(split.images) for name, split in self.splits.items()}
+        cfg, N = self.cfg, {name: len(split.images) for name, split in splits.items()}
         if cfg.task == "synthesis":
             return min(N["Val"] // 2, cfg.eval_images) * passes_of(cfg)
         return sum(min(n, cfg.eval_images) for n in N.values()) * passes_of(cfg) * cfg.ensemble
@@ -1190,7 +1199,7 @@ class Run:
         cfg, step = self.cfg, self.trainer.step
         each = self.train_s / (step - self.first_step)
         evaluations = -(-cfg.steps // cfg.eval_every) - step // cfg.eval_every
-        evaluate_s = self.evaluate_s or self.passes() * each / cfg.batch_size / 3
+        evaluate_s = self.evaluate_s or self.passes(self.splits) * each / cfg.batch_size / 3
         left = data.clock((cfg.steps - step) * each + evaluations * evaluate_s)
         loss = next((f"{line['loss']:.4f}" for line in reversed(self.log.lines) if "loss" in line), "...")
         text = f"step {step}/{cfg.steps}  loss {loss}  {cfg.batch_size / each:.1f} images/s  {left} left"
@@ -1245,7 +1254,7 @@ def prepare(args, device):
             raise UserError(f"{folder} holds a run already; go on with --resume {folder}, or choose another --out")
         return cfg, folder, None
     given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
-    fixed = given.keys() - {"resume", "data", "device", "dry_run", *RESUMABLE}
+    fixed = given.keys() - {"resume", "data", "device", "test", "dry_run", *RESUMABLE}
     if fixed:
         flags = ", ".join("--" + k.replace("_", "-") for k in sorted(fixed))
         raise UserError(f"--resume keeps the run's settings (but --steps, --data, --device and those of evaluation), got {flags}")
@@ -1285,6 +1294,8 @@ def start(args, command):
     device = choose_device(args.device)
     cfg, folder, state = prepare(args, device)
     sizes = describe(cfg)
+    if args.test and cfg.task == "synthesis":
+        raise UserError("--test evaluates masks; --task synthesis has none")
     if args.dry_run:
         say(f"{folder} on {device}\n{sizes}")
         return 0
@@ -1294,8 +1305,9 @@ def start(args, command):
         cfg = find_data(cfg, args.data)
         splits = {
             name: data.load(cfg.data, cfg.task, name, cfg.classes, cfg.image_size, progress=data.progress_line(f"decoding {name}"))
-            for name in ("Train", "Val")
+            for name in (("Train", "Val", "Test") if args.test else ("Train", "Val"))
         }
+    test = {"Test": splits.pop("Test")} if args.test else {}
     if cfg.task == "synthesis" and len(splits["Val"].images) < 4:
         raise UserError(f"--task synthesis compares with at least 4 images of Val, {cfg.data} has {len(splits['Val'].images)}")
     if state and state["images"] != len(splits["Train"].images):
@@ -1316,11 +1328,12 @@ def start(args, command):
     except Stopped:
         say(f"stopped and saved at step {run.trainer.step} of {cfg.steps}; go on with: python train.py --resume {shlex.quote(str(folder))}")
         return 130
+    tested = run.test(test) if test else {}
     last = run.log.evaluations()[-1]
     table = markdown_table(cfg, last)
     run.write("table.md", lambda f: f.write_text(table + "\n", encoding="utf-8"))
     facts = dict(command=run.command, config=dataclasses.asdict(cfg), evaluation=last, minutes=round(run.minutes(), 1))
-    facts |= provenance(device)
+    facts |= tested | provenance(device)
     run.write("results.json", lambda f: f.write_text(json.dumps(facts, indent=1), encoding="utf-8"))
     say(f"\n{table}\n\ncheckpoint, pictures and numbers: {folder}/")
     return 0
