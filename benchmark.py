@@ -24,7 +24,6 @@ import argparse
 import dataclasses
 import gc
 import importlib.util
-import json
 import multiprocessing
 import statistics
 import subprocess
@@ -424,9 +423,9 @@ def measure(cfg, device, rounds, folder):
 def compare(cfg, device, rounds):
     """Rows (name, parameters, step s, sampling s, peak bytes): ours with and without bf16, and the peers that are installed.
 
-    One unconditional network of one size; a training step of one batch, and DDIM-10 of 8 images.
+    One unconditional network of one size; a training step of one batch, each image noised once, and DDIM-10 of 8 images.
     """
-    cfg = dataclasses.replace(cfg, task="synthesis", cond=None, ddim_steps=10, target="eps")
+    cfg = dataclasses.replace(cfg, task="synthesis", cond=None, ddim_steps=10, target="eps", noises=1)
     ours = {f"here, {p}": dataclasses.replace(cfg, precision=p) for p in dict.fromkeys((cfg.precision, "fp32"))}
     installed = [name for name, module in PEERS.items() if importlib.util.find_spec(module)]
     peers = {name: job for name in installed if fits(name, job := peer_training_job(name, cfg, device))}
@@ -453,7 +452,7 @@ def models(cfg, device, rounds):
     configs = {name: train.configure(train.parse([*words, "--model", name]), device) for name in train.baselines.U_NETS}
     configs = {name: dataclasses.replace(c, steps=cfg.steps) for name, c in configs.items()}
     configs["report-unet"] = dataclasses.replace(cfg, model="report-unet")
-    diffusion = [dataclasses.replace(cfg, ddim_steps=passes) for passes in dict.fromkeys((1, cfg.ddim_steps, 50))]
+    diffusion = [dataclasses.replace(cfg, ddim_steps=passes) for passes in dict.fromkeys((1, cfg.ddim_steps, 5, 50))]
     diffusion.append(dataclasses.replace(cfg, ensemble=9))
     configs |= {f"diffusion, {c.ensemble} x DDIM-{c.ddim_steps}": c for c in diffusion}
     step_s = interleaved({c.model: training_job(c, device) for c in configs.values()}, device, rounds)
@@ -597,8 +596,7 @@ def main(argv=None):
                 result[name] = parts[name]()
                 progress(done, len(asked))
                 if args.out:
-                    text = json.dumps(result, indent=1) + "\n"
-                    train.write_whole(Path(args.out), lambda f, text=text: f.write_text(text, encoding="utf-8"))
+                    train.write_whole(Path(args.out), train.as_json(result))
     except (train.UserError, data.DataError, OSError) as e:
         print(f"benchmark.py: error: {e}", file=sys.stderr)
         return 2

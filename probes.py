@@ -18,7 +18,6 @@ if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:  # as train.p
 import argparse
 import contextlib
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -349,7 +348,7 @@ def study(args):
     print(f"{what['data']}, {args.run}, step {step}\n\n{table(result)}")
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        train.write_whole(Path(args.out), lambda f: f.write_text(json.dumps(result, indent=1), encoding="utf-8"))
+        train.write_whole(Path(args.out), train.as_json(result))
     return 0
 
 

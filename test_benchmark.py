@@ -222,6 +222,17 @@ def test_a_peer_that_does_not_fit_is_left_out_and_said(capsys):
         benchmark.fits("c", lambda: fails("sizes differ"))
 
 
+def test_peers_and_we_see_each_image_once_a_step(monkeypatch):
+    """Eq. (7), unconditional: whatever the preset trains with, our step does the work that theirs does."""
+    seen = []
+    monkeypatch.setattr(benchmark, "training_job", lambda cfg, device: seen.append(cfg) or (lambda: None))
+    monkeypatch.setattr(benchmark, "sampling_job", lambda cfg, *_: seen.append(cfg) or (lambda: None))
+    monkeypatch.setattr(benchmark, "PEERS", {})
+    monkeypatch.setattr(benchmark, "peak_memory", lambda *_: 0)
+    benchmark.compare(config(noises=2), CPU, 1)
+    assert len(seen) >= 2 and {(c.noises, c.target, c.cond, c.task, c.ddim_steps) for c in seen} == {(1, "eps", None, "synthesis", 10)}
+
+
 def test_what_was_measured_before_an_error_is_kept(monkeypatch, tmp_path):
     """The file is written after every part."""
     monkeypatch.setattr(benchmark, "measure", lambda *_: {"speed": 1.0})

@@ -52,7 +52,7 @@ def test_every_training_command_is_accepted(command):
     args = train.parse(words)
     if args.resume:
         given = {k for k, v in vars(args).items() if v is not None and v is not False} - {"resume"}
-        assert given <= {"data", "device", *train.RESUMABLE}
+        assert given <= {"data", "device", "test", *train.RESUMABLE}
     else:
         train.describe(train.configure(args, train.torch.device("cpu")))
 
@@ -107,8 +107,8 @@ def test_the_numbers_of_the_results_table_are_those_of_results():
 
 
 def test_the_table_of_passes_repeats_the_evaluations_of_results():
-    """Each row `| [name](results/name.json) | 1 pass | 5 | 10 | 50 |`: the file's evaluations of the last step, same images."""
-    table = README.split("| run | 1 pass | 5 | 10 | 50 |")[1].split("\n\n")[0]
+    """Each row `| [name](results/name.json) | 1 pass | 2 | 5 | 50 |`: the file's evaluations of the last step, same images; empty where not run."""
+    table = README.split("| run | 1 pass | 2 | 5 | 50 |")[1].split("\n\n")[0]
     rows = re.findall(r"^\| \[.*\]\(results/([\w-]+\.json)\) \|(.*)\|$", table, re.M)
     assert len(rows) >= 5
     for name, numbers in rows:
@@ -118,7 +118,7 @@ def test_the_table_of_passes_repeats_the_evaluations_of_results():
         for e in result["evaluations"]:
             if {"step": e["step"], "eval_images": e["protocol"]["eval_images"], "ensemble": e["protocol"]["ensemble"]} == same:
                 found[e["protocol"]["ddim_steps"]] = f"{e['Val']['DICE index']:.4f}"
-        assert [number.strip() for number in numbers.split("|")] == [found[steps] for steps in (1, 5, 10, 50)], name
+        assert [number.strip() for number in numbers.split("|")] == [found.get(steps, "") for steps in (1, 2, 5, 50)], name
 
 
 def test_the_tables_of_speed_are_what_benchmark_py_printed():
@@ -157,15 +157,51 @@ def test_the_tables_of_the_studies_are_what_probes_py_printed():
         assert {"commit", "hardware", "torch", "data", "seed"} <= result.keys()
 
 
+def table_below(header):
+    """The lines of README's table under this header, in order."""
+    return README.split(header + "\n")[1].split("\n\n")[0].splitlines()[1:]
+
+
+def mean_and_spread(values):
+    """Mean ± standard deviation to four digits; of one seed the value alone, of none nothing."""
+    spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{spread}" if values else ""
+
+
+def models(name):
+    """A JSON of results/models/, which says where it comes from."""
+    result = json.loads((ROOT / "results" / "models" / name).read_text(encoding="utf-8"))
+    assert {"commits", "hardware", "torch", "images", "data", "what"} <= result.keys() and len(result["rows"]) >= 5
+    return result
+
+
 def test_the_table_of_models_is_that_of_results():
-    """Each row `| task | model | command | passes | one mask | mean of 9 |`, mean ± standard deviation of the seeds, and no other."""
-    result = json.loads((ROOT / "results" / "models" / "small-phantoms.json").read_text(encoding="utf-8"))
-    table = README.split("| task | model | command | passes a mask | DICE of one mask | of the mean of 9 |")[1].split("\n\n")[0]
-    spread = lambda values: f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-    cell = lambda values: f"{np.mean(values):.4f}{spread(values)}" if values else ""
-    line = lambda r: f"| {r['task']} | {r['model']} | `{r['command']}` | {r['passes']} | {cell(r['one'])} | {cell(r['nine'])} |"
-    assert table.splitlines()[2:] == [line(r) for r in result["rows"]] and len(result["rows"]) > 5
-    assert {"commits", "hardware", "torch", "seeds", "images"} <= result.keys()
+    """Each row of phantoms, and what its mask costs by benchmark.py --models."""
+    speed = json.loads((ROOT / "results" / "speed" / "cpu-models.json").read_text(encoding="utf-8"))
+    cost = {row["model"]: f"{1e3 * row['mask']:.1f}" for row in speed["models"]}
+    cells = lambda r: (r["command"], r["passes"], cost[r["cost"]], mean_and_spread(r["one"]), mean_and_spread(r["nine"]))
+    line = lambda r: "| {} | {} | {} | `{}` | {} | {} | {} | {} |".format(r["task"], r["steps"], r["model"], *cells(r))
+    header = "| task | steps of 16 | model | command | passes a mask | ms a mask | DICE of one mask | of the mean of 9 |"
+    assert table_below(header) == [line(r) for r in models("small-phantoms.json")["rows"]]
+
+
+def test_the_table_of_real_xrays_is_that_of_results():
+    """Train to Val, and to Test; empty where not run."""
+    cells = lambda r: " | ".join("" if r[key] is None else f"{r[key]:.4f}" for key in ("Val", "Val, nine", "Test", "Test, nine"))
+    rows = [f"| {r['model']} | `{r['command']}` | {r['passes']} | {cells(r)} |" for r in models("small-xrays.json")["rows"]]
+    assert table_below("| model | command | passes a mask | Val: one mask | mean of 9 | Test: one mask | mean of 9 |") == rows
+
+
+def test_the_table_of_switches_is_that_of_results():
+    """One switch a row, each accepted by train.py."""
+    train, result = importlib.import_module("train"), models("switches-phantoms.json")
+    flags = lambda r: f"`{r['flags']}`" if r["flags"] else ""
+    cells = lambda r: " | ".join(mean_and_spread(r[key]) for key in ("one", "nine", "five"))
+    rows = [f"| {r['switch']} | {flags(r)} | {cells(r)} |" for r in result["rows"]]
+    assert table_below("| switch | flags | one mask, 1 pass | mean of 9, 2 passes | one mask, 5 passes |") == rows
+    assert f"`{result['base']}`" in README and mean_and_spread(result["supervised"]) in README
+    for r in result["rows"]:
+        train.configure(train.parse(f"{result['base']} {r['flags']}".split()[2:]), train.torch.device("cpu"))
 
 
 @pytest.mark.parametrize("command", commands("benchmark.py"))

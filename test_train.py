@@ -161,7 +161,7 @@ REFUSALS = [
     ("--task lung --rrdbs 0", "--rrdbs must be at least 1, got 0"),
     ("--task lung --steps 4 --epochs 1", "--steps and --epochs say the same thing twice"),
     ("--task lung --micro-batch some", "argument --micro-batch: must be auto or a number, got some"),
-    ("--task lung --sampler langevin", "--ddim-steps must be at least 11 for --sampler langevin, got 5"),
+    ("--task lung --sampler langevin --ddim-steps 5", "--ddim-steps must be at least 11 for --sampler langevin, got 5"),
     ("--task lung --sampler sde --eta 1", "--eta is about --sampler ddim, got 1.0 for --sampler sde"),
     ("--task lung --batch-size 0", "--batch-size must be at least 1, got 0"),
     ("--task lung --lr nan", "--lr must be above 0 and finite, got nan"),
@@ -213,7 +213,7 @@ def test_the_network_sees_the_noised_mask_as_x0_and_the_xray_of_the_same_row_as_
     seen = []
     loss = lambda s, m, x0, y, *_: seen.append((x0, y)) or sum(p.sum() for p in m.parameters())
     monkeypatch.setattr(diffusion, "l_simple", loss)
-    cfg, tiny = config(), split(6)
+    cfg, tiny = config(noises=1), split(6)
     trainer = train.Trainer(cfg, CPU)
     trainer.train_step(torch.from_numpy(tiny.images), torch.from_numpy(tiny.masks))
     (x0, y), images = seen[0], data.to_float(tiny.images)
@@ -228,20 +228,20 @@ def test_augmentation_changes_each_pair_of_a_step_by_the_seed_and_the_step_alone
     seen, tiny = [], split(4)
     images, masks = torch.from_numpy(tiny.images), torch.from_numpy(tiny.masks)
     monkeypatch.setattr(diffusion, "l_simple", lambda s, m, x0, y, *_: seen.append((y, x0)) or sum(p.sum() for p in m.parameters()))
-    for cfg in (config(), config(augment=1.0), config(augment=1.0)):
+    for cfg in (config(noises=1), config(noises=1, augment=1.0), config(noises=1, augment=1.0)):
         trainer = train.Trainer(cfg, CPU)
         trainer.train_step(images, masks)
         trainer.train_step(images, masks)
     draws = []
     monkeypatch.setattr(data, "augment", lambda y, x0, g, strength: draws.append((y, x0, g.initial_seed(), strength)) or (x0, y))
     for step in (1, 2):
-        trainer = train.Trainer(config(augment=0.5), CPU)
+        trainer = train.Trainer(config(noises=1, augment=0.5), CPU)
         trainer.step = step - 1
         trainer.train_step(images, masks)
         (y, x0, _, strength), off = draws[-1], seen[step - 1]
         assert torch.equal(y, off[0]) and torch.equal(x0, off[1]) and strength == 0.5
         assert torch.equal(seen[-1][0], x0) and torch.equal(seen[-1][1], y)  # what augment gives is what is learned, in its order
-    train.Trainer(config(augment=0.5, seed=1), CPU).train_step(images, masks)
+    train.Trainer(config(noises=1, augment=0.5, seed=1), CPU).train_step(images, masks)
     assert len({draw[2] for draw in draws}) == 3  # three steps, three draws
     for a, b in zip(seen[2:4], seen[4:6]):  # the same seed
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and not torch.equal(a[0], seen[0][0])
@@ -270,14 +270,14 @@ def test_several_noises_of_an_image_give_the_mean_of_their_gradients_and_one_emb
     cfg, gradients, embedded = config(noises=3, micro_batch=2), [], []
     t, eps = train.draws(cfg, 1, x0)
     for k in (0, 1, 2, None):
-        one = config() if k is not None else cfg
+        one = config(noises=1) if k is not None else cfg
         trainer = train.Trainer(one, CPU)
         shake(trainer.model.double())
         trainer.model.embedder.register_forward_hook(lambda module, args, out: embedded.append(len(args[0])))
         trainer.gradient(x0, y, *((t, eps) if k is None else (t[:, k : k + 1], eps[:, k : k + 1])))
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
     *each, together = gradients
-    assert (each[0] - each[1]).norm() > 0.1 * together.norm() > 0
+    assert (each[0] - each[1]).norm() > 0.05 * together.norm() > 0
     torch.testing.assert_close(together, sum(each) / 3, rtol=1e-6, atol=1e-9)
     assert embedded[-2:] == [2, 2]
 
@@ -343,7 +343,7 @@ def test_sec32_blocks_computed_again_keep_their_inputs_and_nothing_else():
         16: [384, 576, 576, 1344, 1152, 960],
         8: [576, 768, 768, 1536, 1536, 1344],
     }
-    cfg = dataclasses.replace(config(task="synthesis", cond=None), image_size=64)
+    cfg = dataclasses.replace(config(task="synthesis", cond=None, noises=1), image_size=64)
     model = unet.ConditionalUNet(None, channels=24, head_channels=8)
     model.unet.recompute = True
     numbers = sum(side**2 * sum(channels) // 8 for side, channels in enter.items())
@@ -448,7 +448,7 @@ def test_when_memory_runs_out_the_pieces_halve_and_the_step_is_the_same(monkeypa
         loss = exact(s, model, x0, *rest)
         return Backward.apply(loss) if len(x0) > 1 else loss
 
-    for loss, cfg in ((exact, config(micro_batch=1)), (small_memory, config()), (small_in_backward, config())):
+    for loss, cfg in ((exact, config(noises=1, micro_batch=1)), (small_memory, config(noises=1)), (small_in_backward, config(noises=1))):
         monkeypatch.setattr(diffusion, "l_simple", loss)
         trainer = train.Trainer(cfg, CPU)
         trainer.train_step(torch.from_numpy(tiny.images), torch.from_numpy(tiny.masks))
@@ -458,7 +458,7 @@ def test_when_memory_runs_out_the_pieces_halve_and_the_step_is_the_same(monkeypa
     assert pairs == [4, 2, 2, 1, 1, 1, 1]
     monkeypatch.setattr(diffusion, "l_simple", small_in_backward)
     with pytest.raises(train.UserError, match="out of memory with 2 images at once; try a smaller --micro-batch"):
-        train.Trainer(config(micro_batch=2), CPU).train_step(torch.from_numpy(tiny.images), torch.from_numpy(tiny.masks))
+        train.Trainer(config(noises=1, micro_batch=2), CPU).train_step(torch.from_numpy(tiny.images), torch.from_numpy(tiny.masks))
 
 
 def test_one_step_is_one_update_and_the_average_follows_it():
@@ -509,6 +509,17 @@ def test_the_noises_of_an_image_share_out_the_times():
     quarter = (t / 1000) ** 2 * 4
     for k in range(4):
         assert k < quarter[:, k].min() and quarter[:, k].max() <= k + 1.008 and abs(quarter[:, k].mean() - k - 0.5) < 0.03
+
+
+def test_preset_best_is_the_reports_network_and_data_trained_and_sampled_as_the_small_preset_is():
+    """Three presets: report and best differ in WINS alone, best and small in sizes and lengths alone."""
+    sizes = {"steps", "epochs", "evaluations", "batch_size", "warmup", "ema", "channels", "blocks", "attention_levels", "head_channels", "growth"}
+    for task in train.TASKS:
+        of = lambda preset: dataclasses.asdict(train.configure(train.parse(["--task", task, "--preset", preset]), CPU))
+        report, best, small = of("report"), of("best"), of("small")
+        differ = lambda a, b: {name for name in a if a[name] != b[name]} - {"preset"}
+        assert differ(report, best) == set(train.WINS[task]) - {name for name, v in train.WINS[task].items() if report[name] == v}
+        assert differ(best, small) <= sizes | {"eval_images"} and not differ(best, small) & set(train.WINS[task])
 
 
 def test_the_learning_rate_warms_up_then_stays_or_falls_to_nothing():
@@ -1057,6 +1068,8 @@ def test_a_notebook_gets_the_finished_run_or_a_shorter_one_trained_here_and_the_
     expected = train.load_run("runs/lung-concat-0")[0].state_dict()
     for name, value in train.open_run(words, short)[0].state_dict().items():
         assert torch.equal(value, expected[name])
+    Path("runs/lung-concat-0").rename("runs/named")
+    assert train.open_run(f"{words} --out runs/named", short)[2] == Path("runs/named") and len(begun) == 9
 
 
 def test_a_run_on_phantoms_finds_its_images_again(tmp_path, monkeypatch, capsys):
