@@ -314,14 +314,18 @@ def test_the_test_split_is_seen_only_where_asked_for_and_decides_nothing(go, no_
     assert status == 0 and "test" not in (plain / "log.jsonl").read_text().lower() and "Test" not in json.loads((plain / "results.json").read_text())
     load, read = data.load, []
     monkeypatch.setattr(data, "load", lambda root, task, name, *args, **kw: read.append(name) or load(root, task, name, *args, **kw))
+    evaluate, judged = train.evaluate_masks, []
+    monkeypatch.setattr(train, "evaluate_masks", lambda model, *rest: judged.append(model) or evaluate(model, *rest))
     status, folder = go("--task lung --test", "tested")
     assert status == 0 and read == ["Train", "Val", "Test"] and "Test, 3 images: DICE" in capsys.readouterr().out
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "Test" in line] == [4] and "Val" not in lines[-1]
     tested = json.loads((folder / "results.json").read_text())
     assert tested["Test"] == lines[-1]["Test"] and tested["Test"]["images"] == 3
-    model, cfg, _ = train.load_run(folder)
-    again, _ = train.evaluate_masks(model, cfg, {"Test": load(cfg.data, "lung", "Test", cfg.classes, 16)}, CPU)
+    model, cfg, _ = train.load_run(folder)  # the averaged weights
+    for mine, its in zip(model.parameters(), judged[-1].parameters(), strict=True):
+        assert torch.equal(mine, its)
+    again, _ = evaluate(model, cfg, {"Test": load(cfg.data, "lung", "Test", cfg.classes, 16)}, CPU)
     assert json.loads(json.dumps(again["Test"])) == tested["Test"]
     assert tested["evaluation"]["Val"] == json.loads((plain / "results.json").read_text())["evaluation"]["Val"]
     assert train.main(["--resume", str(plain), "--test"]) == 0 and json.loads((plain / "results.json").read_text())["Test"] == tested["Test"]
@@ -343,11 +347,13 @@ def test_sec32_blocks_computed_again_keep_their_inputs_and_nothing_else():
         16: [384, 576, 576, 1344, 1152, 960],
         8: [576, 768, 768, 1536, 1536, 1344],
     }
-    cfg = dataclasses.replace(config(task="synthesis", cond=None, noises=1), image_size=64)
+    cfg = dataclasses.replace(config(task="synthesis", cond=None), image_size=64)
     model = unet.ConditionalUNet(None, channels=24, head_channels=8)
     model.unet.recompute = True
     numbers = sum(side**2 * sum(channels) // 8 for side, channels in enter.items())
-    assert train.kept_for_backward(model, cfg, CPU) == pytest.approx(4 * (numbers + 64 * 64), rel=1e-3)  # and x_t, for the first convolution
+    for noises in (1, 3):
+        kept = train.kept_for_backward(model, dataclasses.replace(cfg, noises=noises), CPU)
+        assert kept == pytest.approx(noises * 4 * (numbers + 64 * 64), rel=1e-3)  # and x_t, for the first convolution
 
 
 @pytest.mark.parametrize(
@@ -522,6 +528,11 @@ def test_preset_best_is_the_reports_network_and_data_trained_and_sampled_as_the_
         assert differ(best, small) <= sizes | {"eval_images"} and not differ(best, small) & set(train.WINS[task])
 
 
+def test_few_passes_are_of_ddim_alone_unless_asked_for():
+    of = lambda words: train.configure(train.parse(f"--task lung --preset best {words}".split()), CPU).ddim_steps
+    assert [of(w) for w in ("", "--sampler ddim", "--sampler ode", "--sampler sde --ddim-steps 20")] == [2, 2, 50, 20]
+
+
 def test_the_learning_rate_warms_up_then_stays_or_falls_to_nothing():
     """Linear in the first steps, lr after them; the cosine ends within 1/steps^2 of 0."""
     cfg = config(lr=1.0, warmup=10, steps=1000, lr_decay="none")
@@ -676,6 +687,21 @@ def test_a_shifted_schedule_is_the_one_a_run_learns_by_and_is_measured_by(monkey
     assert process_used.marginal(0.3) == process.marginal(0.3) != train.process_of(1000).marginal(0.3)
 
 
+def test_sec3_every_run_is_measured_by_eq7_at_the_same_t_and_eps(monkeypatch):
+    """However a run was trained, one network has one loss: t uniform, one noise an image, the same draws."""
+    monkeypatch.setattr(train, "sample_images", lambda model, cfg, i, *_: torch.zeros(len(i), 1, 16, 16))
+    model = train.build_model(config(task="synthesis", cond=None))
+    shake(model)
+
+    def loss(**how):
+        cfg = config(task="synthesis", cond=None, **how)
+        return train.evaluate_images(model, cfg, {"Train": split(40), "Val": split(8)}, CPU)[0]["Train"]["loss"]
+
+    ways = (dict(noises=3), dict(t_power=4.0), dict(objective="vp"), dict(seed=1))
+    plain = dict(noises=1, t_power=1.0, objective="eps", seed=0)
+    assert [loss(**plain | way) for way in ways] == [loss(**plain)] * 4
+
+
 def test_each_switch_of_the_conditioning_reaches_the_network():
     """RRDBs of the embedder and their scaling; the first convolution of concatenation; widths of the supervised networks by preset."""
     plain, switched = (train.build_model(config(**how)) for how in ({}, dict(rrdbs=3, rrdb="segdiff", stem="add")))
@@ -685,10 +711,10 @@ def test_each_switch_of_the_conditioning_reaches_the_network():
     assert is_sum == [False, True]
     widths = [
         train.configure(train.parse(f"--task lung --model {model} --preset {preset}".split()), CPU).channels
-        for preset in ("report", "small")
+        for preset in ("report", "best", "small")
         for model in ("unet", "report-unet")
     ]
-    assert widths == [64, 192, 32, 16]
+    assert widths == [64, 192, 64, 192, 32, 16]
 
 
 @pytest.mark.parametrize("objective", ["ncsn", "vp"])
