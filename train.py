@@ -189,7 +189,7 @@ def parse(argv):
     p.add_argument("--objective", choices=OBJECTIVES, help="at which noise it learns: steps 1..T (Eq. 7), or §2.1: ten levels, or every real t")
     p.add_argument("--target", choices=diffusion.TARGETS, help="what the network predicts: the noise (Eq. 7), a mix, the image")
     p.add_argument("--shift", type=float, metavar="X", help="signal-to-noise ratio of the schedule, times X^2: below 1 more noise; 1: §3.2")
-    p.add_argument("--t-power", type=float, metavar="X", help="t is drawn with density t^(X-1): 1 uniform (Eq. 7), 2 more noise")
+    p.add_argument("--t-power", type=float, metavar="X", help="t is drawn with density t^(X-1): 1 uniform (Eq. 7), above 1 more noise")
     p.add_argument("--noises", type=int, metavar="N", help="noised copies of each mask or image of a batch; the X-ray is embedded once")
     p.add_argument("--augment", type=float, metavar="X", help="move, turn and expose X-ray and mask anew each time; 0: no")
     p.add_argument("--steps", type=int, metavar="N", help="gradient steps")
