@@ -172,6 +172,7 @@ def models(name):
     """A JSON of results/models/, which says where it comes from."""
     result = json.loads((ROOT / "results" / "models" / name).read_text(encoding="utf-8"))
     assert {"commits", "hardware", "torch", "images", "data", "what"} <= result.keys() and len(result["rows"]) >= 5
+    assert result.keys() & {"seed", "seeds"}
     return result
 
 
@@ -182,7 +183,9 @@ def test_the_table_of_models_is_that_of_results():
     cells = lambda r: (r["command"], r["passes"], cost[r["cost"]], mean_and_spread(r["one"]), mean_and_spread(r["nine"]))
     line = lambda r: "| {} | {} | {} | `{}` | {} | {} | {} | {} |".format(r["task"], r["steps"], r["model"], *cells(r))
     header = "| task | steps of 16 | model | command | passes a mask | ms a mask | DICE of one mask | of the mean of 9 |"
-    assert table_below(header) == [line(r) for r in models("small-phantoms.json")["rows"]]
+    result = models("small-phantoms.json")
+    assert table_below(header) == [line(r) for r in result["rows"]]
+    assert all(f"{dice:.4f}" in README for run in result["float32, seed 0"]["runs"] for dice in run["DICE"].values())
 
 
 def test_the_table_of_real_xrays_is_that_of_results():

@@ -267,17 +267,17 @@ def test_the_gradient_does_not_depend_on_the_micro_batch_nor_on_recomputation():
 def test_several_noises_of_an_image_give_the_mean_of_their_gradients_and_one_embedding():
     """K = 3 noises each, in pieces of 2 images: the gradient is the mean of the three that know one noise; an X-ray is embedded once."""
     x0, y = data.to_float(split(4).masks).double(), data.to_float(split(4).images).double()
-    cfg, gradients, embedded = config(noises=3, micro_batch=2), [], []
+    cfg, gradients, embedded = config(noises=3, micro_batch=2, t_power=2.0), [], []
     t, eps = train.draws(cfg, 1, x0)
     for k in (0, 1, 2, None):
-        one = config(noises=1) if k is not None else cfg
+        one = config(noises=1, t_power=2.0) if k is not None else cfg
         trainer = train.Trainer(one, CPU)
         shake(trainer.model.double())
         trainer.model.embedder.register_forward_hook(lambda module, args, out: embedded.append(len(args[0])))
         trainer.gradient(x0, y, *((t, eps) if k is None else (t[:, k : k + 1], eps[:, k : k + 1])))
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
     *each, together = gradients
-    assert (each[0] - each[1]).norm() > 0.05 * together.norm() > 0
+    assert (each[0] - each[1]).norm() > 0.1 * together.norm() > 0
     torch.testing.assert_close(together, sum(each) / 3, rtol=1e-6, atol=1e-9)
     assert embedded[-2:] == [2, 2]
 

@@ -256,7 +256,7 @@ def configure(args, device):
     if args.model in baselines.U_NETS:
         settings |= dict(channels=32 if preset == "small" else 64)  # as wide as published; or as long a step as the diffusion model's
     if args.sampler not in (None, "ddim"):  # few passes do for DDIM alone
-        settings |= dict(ddim_steps=50)
+        settings |= dict(ddim_steps=Config.ddim_steps)
     if args.objective == "ncsn":  # it knows the score at its levels alone
         settings |= dict(sampler="langevin", ddim_steps=101)
     fields = {f.name for f in dataclasses.fields(Config)}
