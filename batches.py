@@ -1,0 +1,134 @@
+r"""What step k of a training sees: which images, moved how, with which t and eps.
+
+All of it is a function of (seed, k) alone: the same on every device, with any number of processes,
+and in a run that was resumed.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import score
+
+
+class Batch(NamedTuple):
+    """B images, each with K noises. In a micro-batch (parts) x0, t and eps have B K rows instead.
+
+    x0   (B, 1, S, S) in [-1, 1]: what is noised, an X-ray (§3) or a mask (§4.1)
+    y    (B, 1, S, S) in [-1, 1]: the X-ray that the mask belongs to; None in synthesis
+    t    (B, K) and eps (B, K, 1, S, S), see draws; None for a supervised network
+    """
+
+    x0: torch.Tensor
+    y: torch.Tensor | None
+    t: torch.Tensor | None
+    eps: torch.Tensor | None
+
+    def rows(self, rows):
+        """The images of a slice."""
+        return Batch(*(tensor if tensor is None else tensor[rows] for tensor in self))
+
+    def parts(self, n):
+        """The batch in micro-batches of at most n images: [(Batch, number of images), ...].
+
+        Each image stands K times in a row, once for each noise. Its X-ray stands once.
+        """
+        B, parts = len(self.x0), []
+        for first in range(0, B, n):
+            x0, y, t, eps = part = self.rows(slice(first, first + n))
+            if t is not None:
+                part = Batch(x0.repeat_interleave(t.shape[1], 0), y, t.flatten(), eps.flatten(0, 1))
+            parts.append((part, len(x0)))
+        return parts
+
+
+def batch(cfg, step, images, masks):
+    """The batch of a step (1, 2, ...). images, masks: the whole split, uint8 on the device."""
+    rows = batch_indices(cfg, len(images), step).to(images.device)
+    x0, y = data.to_float(images[rows]), None
+    if masks is not None:
+        x0, y = data.to_float(masks[rows]), x0
+    if cfg.augment:
+        y, x0 = augment(y, x0, generator(cfg.seed, 3, step), cfg.augment)
+    t, eps = (None, None) if cfg.supervised else draws(cfg, step, x0)
+    return Batch(x0, y, t, eps)
+
+
+# ---------------------------------------- which images
+
+
+@functools.lru_cache(maxsize=2)
+def order_of(seed, epoch, N):
+    """The order of N images in one pass over them."""
+    return np.random.default_rng([seed, 1, epoch]).permutation(N)
+
+
+def batch_indices(cfg, N, step):
+    """Which of N images batch `step` holds: the next B places in an endless row of permutations."""
+    places = np.arange((step - 1) * cfg.batch_size, step * cfg.batch_size)
+    epochs = places // N
+    parts = [order_of(cfg.seed, e, N)[places[epochs == e] % N] for e in np.unique(epochs)]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+# ---------------------------------------- t and eps
+
+
+def generator(*numbers):
+    """A torch.Generator on the CPU, seeded by these numbers alone."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def draws(cfg, step, like):
+    """t (B, K) and eps (B, K, C, H, W) of Eq. (7) for batch `step`, K = cfg.noises noises an image.
+
+    The K values of t of an image are stratified: one from each K-th of t's distribution.
+    like  (B, C, H, W), on the device that eps is wanted on
+    t     int64 in 1..T; objective ncsn: the steps of its ten levels; vp: float64 in [1, T]
+    """
+    g, K = generator(cfg.seed, 2, step), cfg.noises
+    u = (torch.arange(K) + torch.rand(len(like), K, generator=g, dtype=torch.float64)) / K
+    t = (cfg.T * u ** (1 / cfg.t_power)).clamp(min=1)  # P(t <= k) = (k / T)^t_power
+    if cfg.objective == "ncsn":
+        steps = torch.tensor(score.ncsn_steps(cfg.T)[::-1])
+        t = steps[(len(steps) * u ** (1 / cfg.t_power)).long()]
+    if cfg.objective == "eps":
+        t = t.ceil().long()
+    eps = torch.randn(len(like), K, *like.shape[1:], generator=g, pin_memory=like.is_cuda)
+    return t, eps.to(like.device, non_blocking=True)
+
+
+# ---------------------------------------- augmentation
+
+
+def augment(x, mask, generator, strength=1.0):
+    r"""An X-ray and its mask as another exposure of the same patient could have shown them.
+
+        p = R(a) s p' + d                              the place p' of the new picture shows p
+        x = contrast x(p) + brightness, clipped        in [-1, 1]
+        mask = +1 where mask(p) > 0, else -1
+
+    x, mask    (B, 1, S, S) float in [-1, 1]; each pair has its own draw
+    generator  torch.Generator on the CPU: the draws are the same on every device
+    strength   0: nothing changes. 1: rotation a to 10 degrees, scale s from 1/1.1 to 1.1, shift d
+               to a twentieth of the side, contrast from 1/1.25 to 1.25, brightness to 0.1 of the
+               range, each uniform (s and contrast in their logarithm). What moves in from outside
+               repeats the edge.
+
+    No flips: the heart is on one side.
+    """
+    u = strength * (2 * torch.rand(6, len(x), 1, 1, generator=generator) - 1).to(x)
+    angle, scale, contrast = math.pi / 18 * u[0], 1.1 ** u[1], 1.25 ** u[4]
+    right, down, brightness = 0.1 * u[2], 0.1 * u[3], 0.2 * u[5]
+    first = torch.cat([scale * angle.cos(), -scale * angle.sin(), right], -1)  # (B, 1, 3)
+    second = torch.cat([scale * angle.sin(), scale * angle.cos(), down], -1)
+    places = F.affine_grid(torch.cat([first, second], 1), x.shape, align_corners=False)
+    both = torch.cat([x, mask], 1)
+    moved = F.grid_sample(both, places, padding_mode="border", align_corners=False)
+    x = moved[:, :1] * contrast[:, None] + brightness[:, None]
+    return x.clamp(-1, 1), torch.where(moved[:, 1:] > 0, 1.0, -1.0)

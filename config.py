@@ -1,0 +1,458 @@
+"""Every setting of a run, and all that follows from it: command line, help, dry run, refusals.
+
+A setting of a group is a flag, such as --batch-size 16. Every other one is reached by --set, as in
+--set ema=0 warmup=0. Two independent choices give the defaults. Size `report` is the report's
+network, batch and evaluation; `small` is the same code at a size that two CPU cores train in
+minutes. Recipe `report` is Eq. (7) and DDIM as printed; `best` is what wins here by measurement.
+The defaults are report and report where there is an NVIDIA GPU, small and best elsewhere.
+"""
+
+import argparse
+import dataclasses
+import math
+
+import torch
+
+import baselines
+import devices
+import diffusion
+from console import Parser, UserError
+from data import CLASSES, DEFAULT_CLASSES
+from unet import CONDITIONINGS, ConditionalUNet, begin_as_addition
+
+TASKS = ("synthesis", "lung", "infection")
+MODELS = ("diffusion", *baselines.U_NETS, "report-unet")  # all but the first answer in one pass
+SIZES, RECIPES = ("report", "small"), ("report", "best")
+OBJECTIVES = ("eps", "ncsn", "vp")
+SAMPLERS = ("ddim", "ddpm", "ode", "sde", "pc", "langevin")
+LEAST_PASSES = {"ode": 3, "sde": 2, "pc": 3, "langevin": 11}
+PROTOCOL = ("eval_images", "sampler", "ddim_steps", "eta", "ensemble")  # how an evaluation samples
+RESUMABLE = ("steps", "micro_batch", "eval_every", *PROTOCOL)  # what --resume may change
+
+LEARN, IMAGES, TRAINING = "what to learn", "the images", "training"
+SAMPLING, MACHINE, RUN = "sampling and evaluation", "the machine", "the run"
+
+
+def setting(default, words, section="", group=None, cases=None, about="", **rules):
+    """A field of Config.
+
+    default  at size report and recipe report
+    words    one line for the help and the dry run; section: where the report or a paper has it
+    group    of the help, for a flag; None: reached by --set
+    cases    {words: value}: the default of a run that has all these words (words_of); last wins
+    about    "diffusion", or "network" for the report's own: a model without it refuses the setting
+    rules    choices, least, most, above, below: see broken_rule
+    """
+    facts = dict(words=words, section=section, group=group, cases=cases or {}, about=about)
+    return dataclasses.field(default=default, metadata=facts | dict(rules=rules))
+
+
+# fmt: off
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that decides a run's numbers. A field's own default is the report's."""
+
+    task: str = setting(None, "X-rays from noise, or masks", "§3, §4.4, §4.5", LEARN, choices=TASKS)
+    model: str = setting("diffusion", "diffusion, or a supervised network: X-ray in, mask out",
+                         "§4.4, §4.5", LEARN, choices=MODELS)
+    cond: str = setting("concat", "how the X-ray enters the U-Net", "§4.2", LEARN,
+                        {"synthesis": None, "published": None}, "network", choices=CONDITIONINGS)
+    size: str = setting("report", "of network, batch and evaluation", "", LEARN,
+                        {"no GPU": "small"}, choices=SIZES)
+    recipe: str = setting("report", "as printed, or what wins here", "", LEARN,
+                          {"no GPU": "best"}, choices=RECIPES)
+    objective: str = setting("eps", "noise it learns at: steps 1..T, ten levels, every real t",
+                             "Eq. (7), §2.1", LEARN, {}, "diffusion", choices=OBJECTIVES)
+    target: str = setting("eps", "what the network predicts", "Eq. (7)", LEARN,
+                          {"best": "v"}, "diffusion", choices=diffusion.TARGETS)
+    shift: float = setting(1.0, "signal-to-noise ratio times shift^2; below 1: more noise",
+                           "arXiv 2301.10972", None, {}, "diffusion", above=0)
+    t_power: float = setting(1.0, "t has density t^(t_power - 1); 1: uniform", "Eq. (7)", None,
+                             {"best masks": 4.0}, "diffusion", above=0)
+    noises: int = setting(1, "noisy copies of each image; its X-ray is embedded once", "", None,
+                          {"best masks": 2}, "diffusion", least=1)
+    T: int = setting(1000, "diffusion steps", "§3.2", about="network", least=1)
+
+    data: str = setting("", "folder of the images")
+    phantoms: bool = setting(False, "whether the images are generated")
+    classes: tuple = setting(CLASSES, "which images", "§3.1", IMAGES, DEFAULT_CLASSES)
+    image_size: int = setting(64, "side of the images in pixels", "§3.1", IMAGES, least=1)
+    augment: float = setting(0.0, "strength of the augmentation; 0: none", least=0, most=2)
+
+    steps: int = setting(0, "gradient steps; 0: as many as the epochs take", "§4.4, §4.5", TRAINING,
+                         {"small synthesis": 1500, "small lung": 500, "small infection": 1000},
+                         least=0)
+    epochs: float = setting(100.0, "passes over the training images, instead of steps",
+                            "§4.4, §4.5", TRAINING, {"infection": 2400.0}, above=0)
+    batch_size: int = setting(512, "images a step", "§4.4", TRAINING, {"small": 16}, least=1)
+    lr: float = setting(3e-3, "learning rate of AdamW", "§4.4", TRAINING, above=0)
+    lr_decay: str = setting("none", "after the warm-up; cosine: to 0", "", None,
+                            {"best": "cosine"}, choices=("none", "cosine"))
+    warmup: int = setting(200, "steps of linear warm-up; 0: none", "", None, {"small": 50}, least=0)
+    max_grad_norm: float = setting(1.0, "largest norm of the gradient; 0: no limit", least=0)
+    weight_decay: float = setting(0.01, "of AdamW", least=0)
+    ema: float = setting(0.999, "decay of the averaged weights, which are evaluated; 0: none", "",
+                         None, {"small": 0.995}, least=0, below=1)
+    seed: int = setting(0, "of weights, order and noise", "", TRAINING, least=0, below=2**63)
+
+    channels: int = setting(192, "width of the first level", "§3.2", None,
+                            {"small": 16, "published": 64, "small published": 32}, least=2)
+    channel_mult: tuple = setting((1, 2, 3, 4), "widths, times channels", "§3.2", about="network")
+    blocks: int = setting(2, "residual blocks a level", "§3.2", None, {"small": 1}, "network",
+                          least=1)
+    attention_levels: tuple = setting((1, 2, 3), "levels with attention; the first is 0", "§3.2",
+                                      None, {"small": (3,)}, "network")
+    head_channels: int = setting(64, "of an attention head", "§3.2", None, {"small": 16}, "network",
+                                 least=1)
+    growth: int = setting(32, "of the embedder's RDBs", "[1]", None, {"small": 8}, "network",
+                          least=1)
+    rrdbs: int = setting(1, "RRDBs of the embedder", "§4.2", about="network", least=1)
+    rrdb: str = setting("report", "segdiff: with the residual scaling of [1]", "§4.2",
+                        about="network", choices=("report", "segdiff"))
+    stem: str = setting("own", "add: concat begins with the weights of addition", "§4.2",
+                        about="network", choices=("own", "add"))
+
+    sampler: str = setting("ddim", "how samples are drawn", "§2, §2.1, §3.2", SAMPLING,
+                           {"ncsn": "langevin"}, "diffusion", choices=SAMPLERS)
+    ddim_steps: int = setting(50, "passes of the network a sample, by any sampler but ddpm", "§3.2",
+                              SAMPLING, {"best masks ddim": 2, "ncsn": 101}, "diffusion", least=1)
+    eta: float = setting(0.0, "fresh noise in DDIM; 0: only x_T is random", "[18]",
+                         about="diffusion", least=0, most=1)
+    ensemble: int = setting(1, "masks averaged for one X-ray", "§4.3, [1]", SAMPLING,
+                            about="diffusion", least=1)
+    eval_images: int = setting(512, "images of train and of validation an evaluation samples",
+                               "§4.3", SAMPLING, {"small": 64}, least=2)
+    evaluations: int = setting(10, "in a run", "§4.3", None, {"small": 2}, least=1)
+    eval_every: int = setting(0, "steps between them; 0: what evaluations gives", least=0)
+
+    precision: str = setting("fp32", "bf16: autocast, the parameters stay float32", "", MACHINE,
+                             {"fast bf16": "bf16"}, choices=("bf16", "fp32"))
+    micro_batch: int = setting(0, "images a forward pass, or auto: what fits; same gradient", "",
+                               MACHINE, least=0)
+
+    @property
+    def supervised(self):
+        """Whether the network sees the X-ray alone and answers in one pass."""
+        return self.model != "diffusion"
+# fmt: on
+
+
+SETTINGS = {field.name: field for field in dataclasses.fields(Config)}
+FOUND = ("data", "phantoms")  # settings that nobody chooses: they say what --data led to
+
+
+def is_set(name):
+    """Whether a setting is given by --set."""
+    return name in SETTINGS and name not in FOUND and not SETTINGS[name].metadata["group"]
+
+
+def flag(name):
+    """A setting as the user gives it: --batch-size, or --set ema."""
+    return f"--set {name}" if is_set(name) else f"--{name.replace('_', '-')}"
+
+
+# ---------------------------------------- the command line
+
+
+def parse(argv, description=None):
+    """The command line of train.py -> argparse.Namespace. What was not given is None."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    p = Parser("train.py", description=description, formatter_class=formatter)
+    titles = (LEARN, IMAGES, TRAINING, SAMPLING, MACHINE, RUN)
+    add = {title: p.add_argument_group(title).add_argument for title in titles}
+    add[IMAGES]("--data", metavar="DIR", help="COVID-QU-Ex; default ./COVID-QU-Ex, else phantoms")
+    for name, field in SETTINGS.items():
+        if group := field.metadata["group"]:
+            add[group](flag(name), **argument(field))
+    add[SAMPLING]("--test", action="store_true", help="evaluate the Test split too, at the end")
+    add[MACHINE]("--device", help="cuda, mps or cpu; default: the best there is")
+    add[RUN]("--out", metavar="DIR", help="run folder; default runs/<what it learns>-<seed>")
+    add[RUN]("--resume", metavar="RUN", help="go on with a run, or evaluate it in another way")
+    add[RUN]("--dry-run", action="store_true", help="print settings, sizes and time, and stop")
+    others = ", ".join(name for name in SETTINGS if is_set(name))
+    how = dict(nargs="+", action="extend", metavar="NAME=VALUE", help=f"any of {others}")
+    add[RUN]("--set", **how)
+    return p.parse_args(argv)
+
+
+def argument(field):
+    """What argparse is told about a setting: type, choices, and its words, section and defaults."""
+    facts, kind, default = field.metadata, field.type, field.default
+    if kind is tuple:
+        default = ", ".join(default)
+    cases = {case: ", ".join(v) if kind is tuple else v for case, v in facts["cases"].items()}
+    defaults = [f"{case}: {value}" for case, value in cases.items() if value not in (None, default)]
+    notes = [facts["section"], f"default {default}" if default else "", *defaults]
+    text = f"{facts['words']} ({'; '.join(filter(None, notes))})".replace(" ()", "")
+    if "choices" in facts["rules"]:
+        return dict(choices=facts["rules"]["choices"], help=text)
+    if kind is tuple:
+        return dict(nargs="+", metavar="CLASS", help=text)
+    reader = count_or_auto if field.name == "micro_batch" else kind
+    return dict(type=reader, metavar="N" if kind is int else "X", help=text)
+
+
+def count_or_auto(word):
+    """--micro-batch: a number, or auto, which is 0."""
+    if word != "auto" and not word.isdigit():
+        raise argparse.ArgumentTypeError(f"must be auto or a number, got {word}")
+    return 0 if word == "auto" else int(word)
+
+
+def settings_given(args):
+    """{name: value} of the settings that the command line gives, as flags or by --set."""
+    given = {name: getattr(args, name, None) for name in SETTINGS if name not in FOUND}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "classes" in given:
+        given["classes"] = tuple(given["classes"])
+    for text in getattr(args, "set", None) or ():
+        name, equals, value = text.partition("=")
+        if name in SETTINGS and SETTINGS[name].metadata["group"]:
+            raise UserError(f"--set {name} has a flag of its own: {flag(name)} {value}")
+        if not equals or not is_set(name):
+            names = ", ".join(name for name in SETTINGS if is_set(name))
+            raise UserError(f"--set takes NAME=VALUE with a name of {names}; got {text}")
+        given[name] = converted(name, value)
+    return given
+
+
+def converted(name, text):
+    """The text of --set as a value of the setting's type; a tuple is written 1,2,3."""
+    kind = SETTINGS[name].type
+    try:
+        return tuple(int(word) for word in text.split(",")) if kind is tuple else kind(text)
+    except ValueError as e:
+        wanted = {int: "a whole number", float: "a number", tuple: "whole numbers, as in 1,2,3"}
+        raise UserError(f"--set {name} must be {wanted[kind]}, got {text}") from e
+
+
+# ---------------------------------------- defaults and refusals
+
+
+def configure(args, device):
+    """The defaults of task, model, size and recipe, then what the command line gives -> Config.
+
+    UserError names the flag and the value of what cannot be.
+    """
+    given = settings_given(args)
+    refuse_contradictions(given)
+    words = words_of(given, device)
+    settings = {name: default_of(name, words) for name in SETTINGS} | given
+    if "epochs" in given:
+        settings["steps"] = 0
+    cfg = Config(**settings)
+    check(cfg)
+    return cfg
+
+
+def words_of(given, device):
+    """What the cases of the settings speak of: the task, masks, published, no GPU, small, ..."""
+    words = {given["task"]}
+    if device.type != "cuda":
+        words |= {"no", "GPU"}
+    if devices.bf16_is_fast(device):
+        words |= {"fast", "bf16"}
+    if given["task"] != "synthesis":
+        words.add("masks")
+    if given.get("model") in baselines.U_NETS:
+        words.add("published")
+    for name in ("size", "recipe", "objective", "sampler"):
+        words.add(given.get(name) or default_of(name, words))
+    return words
+
+
+def default_of(name, words):
+    """The default of a setting in a run that has these words."""
+    default = SETTINGS[name].default
+    for case, value in SETTINGS[name].metadata["cases"].items():
+        if set(case.split()) <= words:
+            default = value
+    return default
+
+
+def refuse(wrong, message):
+    """UserError with the message, if something is wrong."""
+    if wrong:
+        raise UserError(message)
+
+
+def refuse_contradictions(given):
+    """Refuse what says the same thing twice, and what this task or model has no use for."""
+    refuse("task" not in given, f"--task is needed: one of {', '.join(TASKS)}")
+    model, cond, steps = (given.get(name) for name in ("model", "cond", "steps"))
+    if given["task"] == "synthesis":
+        rule = "--cond is about segmentation; --task synthesis is unconditional (§3)"
+        refuse(cond, f"{rule}, got --cond {cond}")
+        rule = f"--model {model} finds masks; --task synthesis needs --model diffusion"
+        refuse(model not in (None, "diffusion"), rule)
+    refuse_foreign(given, model)
+    twice = "--steps and --epochs say the same thing twice; give one"
+    refuse(steps is not None and "epochs" in given, twice)
+    refuse(steps is not None and steps < 1, f"--steps must be at least 1, got {steps}")
+
+
+def refuse_foreign(given, model):
+    """Refuse settings of diffusion for a supervised model, of the report's network for another."""
+    for name, value in given.items():
+        about = SETTINGS[name].metadata["about"]
+        if about == "diffusion" and model not in (None, "diffusion"):
+            rule = f"{flag(name)} is about diffusion; --model {model} answers in one pass"
+            raise UserError(f"{rule}, got {value}")
+        if about == "network" and model in baselines.U_NETS:
+            rule = f"{flag(name)} is about the report's network; --model {model} is another"
+            raise UserError(f"{rule}, got {value}")
+
+
+def broken_rule(value, choices=None, least=None, most=None, above=None, below=None):
+    """The rule of a setting that its value breaks, in words; None if it keeps all of them."""
+    if choices is not None and value not in choices:
+        return f"must be one of {', '.join(choices)}"
+    if most is not None and not least <= value <= most:
+        return f"must be between {least} and {most}"
+    if least is not None and not value >= least:
+        return f"must be at least {least}"
+    if above is not None and not above < value < math.inf:
+        return f"must be above {above} and finite"
+    if below is not None and not value < below:
+        return f"must be below {below}"
+    return None
+
+
+def check(cfg):
+    """Refuse settings out of range, and those that contradict one another, by the flag's name."""
+    for name, field in SETTINGS.items():
+        value = getattr(cfg, name)
+        if value is not None and (rule := broken_rule(value, **field.metadata["rules"])):
+            raise UserError(f"{flag(name)} {rule}, got {value}")
+
+    synthesis, cond, sampler = cfg.task == "synthesis", cfg.cond, cfg.sampler
+    rule = "--ensemble averages masks; --task synthesis has none"
+    refuse(synthesis and cfg.ensemble > 1, f"{rule}, got {cfg.ensemble}")
+    rule = (
+        "--set augment moves an X-ray and its mask; --task synthesis would learn to draw the moves"
+    )
+    refuse(synthesis and cfg.augment, f"{rule}, got {cfg.augment}")
+    rule = f"--set rrdbs and rrdb are about the embedder, and --cond {cond} has none"
+    has_rrdbs = (cfg.rrdbs, cfg.rrdb) != (1, "report")
+    refuse(cond in (None, "none") and has_rrdbs, f"{rule}, got {cfg.rrdbs} and {cfg.rrdb}")
+    rule = "--set stem=add is about --cond concat"
+    refuse(cfg.stem == "add" and cond != "concat", f"{rule}, got --cond {cond}")
+    if cfg.model in baselines.U_NETS:
+        shrinks = baselines.U_NETS[cfg.model].shrinks
+        rule = f"--image-size must be divisible by {shrinks} for --model {cfg.model}"
+        refuse(cfg.image_size % shrinks, f"{rule}, got {cfg.image_size}")
+    least, passes = LEAST_PASSES.get(sampler, 1), cfg.ddim_steps
+    rule = f"--ddim-steps must be at least {least} for --sampler {sampler}"
+    refuse(passes < least, f"{rule}, got {passes}")
+    refuse(passes > cfg.T, f"--ddim-steps must be at most T = {cfg.T}, got {passes}")
+    rule = f"--set eta is about --sampler ddim, got {cfg.eta} for --sampler {sampler}"
+    refuse(cfg.eta and sampler != "ddim", rule)
+    found, unknown = ", ".join(cfg.classes), set(cfg.classes) - set(CLASSES)
+    rule = f"--classes must be some of {', '.join(CLASSES)}"
+    refuse(unknown or not cfg.classes, f"{rule}, got {found}")
+    rule = "--classes needs COVID-19 for --task infection: the masks of the others are blank"
+    refuse(cfg.task == "infection" and "COVID-19" not in cfg.classes, f"{rule}, got {found}")
+
+
+def from_dict(settings):
+    """The Config of a checkpoint, also of a run made when --preset gave both size and recipe."""
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+    if "preset" in settings:
+        preset, settings["max_grad_norm"] = settings.pop("preset"), settings.pop("clip")
+        settings["size"] = "small" if preset == "small" else "report"
+        settings["recipe"] = "report" if preset == "report" else "best"
+    return Config(**settings)
+
+
+# ---------------------------------------- what a configuration is
+
+
+def build_model(cfg):
+    """The network of a configuration, with fresh weights that depend on its seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        if cfg.model in baselines.U_NETS:
+            return baselines.U_NETS[cfg.model](cfg.channels)
+        net = ConditionalUNet(
+            cfg.cond,
+            growth=cfg.growth,
+            rrdbs=cfg.rrdbs,
+            segdiff=cfg.rrdb == "segdiff",
+            image_size=cfg.image_size,
+            channels=cfg.channels,
+            channel_mult=cfg.channel_mult,
+            blocks=cfg.blocks,
+            attention_at=tuple(cfg.image_size >> level for level in cfg.attention_levels),
+            head_channels=cfg.head_channels,
+        )
+        if cfg.stem == "add":
+            begin_as_addition(net)
+        return baselines.OnePass(net, cfg.T) if cfg.supervised else net
+
+
+def describe(cfg, words=False):
+    """The settings that say something about this run, and the sizes of its networks, in lines.
+
+    words  True: each line also has the flag, the words and the section of its setting
+    """
+    model = without_memory(cfg)
+    lines = [setting_line(cfg, name, words) for name in SETTINGS if name not in unused(cfg)]
+    net = model.net if cfg.model == "report-unet" else model
+    lines.append(f"  U-Net            {parameters(getattr(net, 'unet', net)):,} parameters")
+    if getattr(net, "embedder", None) is not None:
+        lines.append(f"  embedder         {parameters(net.embedder):,} parameters")
+    return "\n".join(lines)
+
+
+def without_memory(cfg):
+    """build_model on torch's meta device. UserError: what cannot be built."""
+    try:
+        with torch.device("meta"):
+            return build_model(cfg)
+    except ValueError as e:
+        sizes = f"--set channels={cfg.channels}, --image-size {cfg.image_size}"
+        raise UserError(f"{sizes}: {e}") from e
+
+
+def setting_line(cfg, name, words):
+    """A setting and its value, and what it means where `words` is true."""
+    facts, value = SETTINGS[name].metadata, getattr(cfg, name)
+    line = f"  {name:17}{', '.join(map(str, value)) if isinstance(value, tuple) else value}"
+    if not words or name in FOUND:
+        return line
+    section = f" ({facts['section']})" if facts["section"] else ""
+    return f"{line:<34} {flag(name)}: {facts['words']}{section}"
+
+
+def unused(cfg):
+    """The names of the settings that say nothing about this run."""
+    names = {"epochs" if cfg.steps else "steps"}  # the one gives the other
+    if not cfg.data:
+        names |= set(FOUND)
+    for name, field in SETTINGS.items():
+        about = field.metadata["about"]
+        if cfg.supervised and about == "diffusion":
+            names.add(name)
+        if cfg.model in baselines.U_NETS and about == "network":
+            names.add(name)
+    return names
+
+
+def parameters(module):
+    """How many numbers a module learns."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def kind_of(cfg, noun=""):
+    """What a run is, in words: "lung, concat", "lung, unet"; with a noun "lung masks, concat"."""
+    words = (cfg.task + noun, cfg.model if cfg.supervised else None, cfg.cond)
+    return ", ".join(filter(None, words))
+
+
+def name_of(cfg):
+    """A run's folder below runs/: lung-concat-0, lung-unet-0, synthesis-vp-Normal-0."""
+    model = cfg.model if cfg.supervised else None
+    objective = None if cfg.objective == "eps" else cfg.objective
+    classes = () if cfg.classes == DEFAULT_CLASSES[cfg.task] else cfg.classes
+    words = (cfg.task, model, cfg.cond, objective, *classes, str(cfg.seed))
+    return "-".join(filter(None, words))

@@ -1,0 +1,142 @@
+"""What a command shows while it works, and how it ends: progress, refusals, Ctrl-C."""
+
+import argparse
+import contextlib
+import signal
+import sys
+import time
+
+import torch
+
+# ---------------------------------------- how a command ends
+
+
+class UserError(ValueError):
+    """Something the user can mend. Its message is one line that names the rule and the value."""
+
+
+class Stopped(Exception):
+    """One of STOP_SIGNALS arrived: save the run and leave it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with a refusal of one line: the usage is not repeated."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def out_of_memory(error):
+    """Whether a RuntimeError says so. CUDA has a class for it, MPS and cuBLAS have only words."""
+    words = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def exit_status(program, work, less_memory, left_behind):
+    """The status of a command: what work() returns, or that of its error, after one line about it.
+
+    2: bad input, or too little memory (less_memory says what to try)
+    130: Ctrl-C (left_behind says what is on disk)
+    """
+    try:
+        return work()
+    except (UserError, OSError) as e:
+        print(f"{program}: error: {e}", file=sys.stderr)
+        return 2
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        print(f"{program}: error: out of memory; {less_memory}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{program}: stopped; {left_behind}", file=sys.stderr)
+        return 130
+
+
+# ---------------------------------------- Ctrl-C
+
+NAMES_OF_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+STOP_SIGNALS = [getattr(signal, name) for name in NAMES_OF_SIGNALS if hasattr(signal, name)]
+
+
+class StopSignals(contextlib.AbstractContextManager):
+    """While the context is open, the first stop signal sets `received`. A second acts at once."""
+
+    received = None
+
+    def __enter__(self):
+        self.handlers_before = {sig: signal.signal(sig, self.receive) for sig in STOP_SIGNALS}
+        return self
+
+    def receive(self, sig, frame):
+        self.received = sig
+        self.__exit__()
+        print(f"\n{signal.Signals(sig).name}: saving, one moment", file=sys.stderr, flush=True)
+
+    def __exit__(self, *error):
+        for sig, handler in self.handlers_before.items():
+            signal.signal(sig, handler)
+
+    def check(self):
+        """Raise Stopped if a signal was received."""
+        if self.received:
+            raise Stopped
+
+
+# ---------------------------------------- what a command shows
+
+
+def message(text):
+    """Print a line on stdout now, also into a pipe."""
+    print(text, flush=True)
+
+
+class StatusLine:
+    """A line on stderr. A terminal overwrites it. A file gets one every 10 s, and the last one."""
+
+    def __init__(self):
+        self.shown_at = time.monotonic()
+
+    def show(self, text, last=False):
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        if last or now - self.shown_at >= (0.1 if terminal else 10):
+            self.shown_at = now
+            line, end = (f"\r{text:<78}", "\n" if last else "") if terminal else (text, "\n")
+            print(line, end=end, file=sys.stderr, flush=True)
+
+
+def clock(seconds):
+    """Seconds as 0:07, 12:05 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+    return f"{minutes}:{rest:02}"
+
+
+def progress_line(label):
+    """progress(done, total) shows `label 1200/33920 540/s 1:01 left`, at the end its time."""
+    status, began = StatusLine(), time.monotonic()
+
+    def progress(done, total):
+        seconds = time.monotonic() - began
+        rate = done / max(seconds, 1e-9)
+        time_left = (
+            f"{clock((total - done) / rate)} left" if done < total else f"took {clock(seconds)}"
+        )
+        digits = 0 if rate >= 10 else 2
+        status.show(f"{label} {done}/{total} {rate:.{digits}f}/s {time_left}", last=done == total)
+
+    return progress
+
+
+def passes_line(label, total, check=lambda: None):
+    """progress(images) for the samplers: adds up images, of `total`, and calls check()."""
+    show, done = progress_line(label), 0
+
+    def progress(images):
+        nonlocal done
+        done += images
+        show(done, total)
+        check()
+
+    return progress

@@ -1,0 +1,305 @@
+"""The machine that a run is on: device, precision, memory, several processes.
+
+A run's numbers do not depend on what is chosen here, but for rounding.
+"""
+
+import contextlib
+import copy
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from console import Stopped, UserError, message, out_of_memory
+from unet import recompute_blocks
+
+# ---------------------------------------- device and precision
+
+
+def choose_device(name=None):
+    """--device as a torch.device that works here; None: the best there is.
+
+    Under torchrun each process has a GPU of its own.
+    """
+    if name is None and torch.cuda.is_available():
+        name = "cuda"
+    if name is None:
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name.split(":")[0] not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device must be cuda, mps or cpu, got {name}")
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name} does not work here: {str(e).splitlines()[0]}") from e
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what the processes of torchrun talk by
+    return device
+
+
+def bf16_is_fast(device):
+    """Whether the device computes in bf16 faster than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def autocast(cfg, device):
+    """bf16 autocast where cfg.precision asks for it; parameters stay float32."""
+    bf16 = cfg.precision == "bf16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
+
+
+def laid_out(model, device):
+    """The model as sampling wants it: on a CPU a copy with channels last, 1.2 times as fast.
+
+    In training the backward pass loses that again.
+    """
+    if torch.device(device).type != "cpu":
+        return model
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)
+
+
+# ---------------------------------------- memory
+
+
+def free_memory(device):
+    """Bytes that this process can still take on the device; None where that cannot be told."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    available = [line for line in lines_of("/proc/meminfo") if line.startswith("MemAvailable")]
+    if not available:
+        return None
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 1024 * int(available[0].split()[1]) // processes
+
+
+def lines_of(path):
+    """The lines of a text file; none where there is no such file."""
+    return Path(path).read_text().splitlines() if Path(path).is_file() else []
+
+
+def kept_for_backward(model, cfg, device):
+    """Bytes of activations that autograd keeps for each image of a batch.
+
+    Counted in the forward passes of one and of two images, so that what is kept once, such as
+    weights in 16 bits, falls out.
+    """
+    return kept_by(model, cfg, device, 2) - kept_by(model, cfg, device, 1)
+
+
+def kept_by(model, cfg, device, n):
+    """Bytes that autograd keeps in the forward pass of n images."""
+    storages = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()  # what two layers keep counts once
+        return x
+
+    def unpack(x):
+        return x
+
+    y = torch.zeros(n, 1, cfg.image_size, cfg.image_size, device=device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack), autocast(cfg, device):
+        if cfg.supervised:
+            model(y)
+        else:
+            t = torch.ones(n * cfg.noises, dtype=torch.long, device=device)
+            model(y.repeat_interleave(cfg.noises, 0), t, y if cfg.cond else None)
+    return sum(storages.values())
+
+
+BUSY = 16  # images a forward pass that keep a GPU busy
+
+
+def micro_batch_that_fits(n, free, kept, kept_recomputed):
+    """(images a forward pass, whether blocks are computed again) for n images in `free` bytes.
+
+    kept, kept_recomputed  bytes an image without and with recomputation
+
+    As few forward passes as fit, all of about one size. Computing blocks again costs a third more
+    arithmetic, so it is done only where not even BUSY images fit without.
+    """
+    peak, peak_recomputed = 1.4 * kept, 1.4 * kept_recomputed  # with gradients and temporaries
+    recompute = free < min(n, BUSY) * peak
+    fit = max(1, int(free // (peak_recomputed if recompute else peak)))
+    passes = -(-n // fit)
+    return -(-n // passes), recompute
+
+
+def fit_memory(trainer):
+    """Choose a trainer's micro-batch and recomputation by the free memory. Returns the words."""
+    cfg, model, n = trainer.cfg, trainer.model, trainer.images
+    free = free_memory(trainer.device)
+    if free is None:
+        words = "images a forward pass (the free memory cannot be told here)"
+        return f"{trainer.micro_batch} {words}"
+    # The gradients, and AdamW's two moments where they are not there yet
+    parameters = sum(p.numel() for p in model.parameters())
+    room = 0.9 * free - 4 * parameters * (1 if trainer.optimizer.state else 3)
+    kept = []
+    for recompute in (False, True):
+        has_blocks = recompute_blocks(model, recompute)
+        kept.append(kept_for_backward(model, cfg, trainer.device))
+    fit, recompute = micro_batch_that_fits(cfg.micro_batch or n, room, *kept)
+    recompute_blocks(model, recompute)
+    trainer.micro_batch = cfg.micro_batch or fit
+    again = " (blocks computed again)" if recompute and has_blocks else ""
+    memory = f"{kept[recompute] / 1e6:.0f} MB an image{again}, {free / 1e9:.1f} GB free"
+    return f"{min(n, trainer.micro_batch)} of {n} images a forward pass; {memory}"
+
+
+def halved_when_memory_runs_out(gradient):
+    """Decorator of Trainer.gradient: calls it again with half the micro-batch until it fits.
+
+    UserError where the micro-batch was given, is one image, or is that of several processes.
+    """
+
+    @functools.wraps(gradient)
+    def until_it_fits(trainer, batch):
+        while True:
+            try:
+                return gradient(trainer, batch)
+            except RuntimeError as e:
+                if not out_of_memory(e):
+                    raise
+            # Outside of the except block: its traceback holds the activations of what failed
+            n = trainer.micro_batch
+            if trainer.cfg.micro_batch or n == 1 or world() > 1:
+                what = f"out of memory with {n} images at once"
+                raise UserError(f"{what}; try a smaller --micro-batch or --set channels")
+            if trainer.device.type == "cuda":
+                torch.cuda.empty_cache()
+            trainer.micro_batch = -(-n // 2)
+            size = f"{trainer.micro_batch} images at once; the batch stays {trainer.cfg.batch_size}"
+            message(f"out of memory: from here on {size}")
+
+    return until_it_fits
+
+
+def in_chunks(function, rows, device, members=1):
+    """Yields (chunk of the rows, function(chunk)). The chunks halve when memory runs out.
+
+    No number depends on their size. members: how many samples a row stands for
+    """
+    size = max(1, (256 if torch.device(device).type == "cuda" else 32) // members)
+    while len(rows):
+        try:
+            answer = function(rows[:size])
+        except RuntimeError as e:
+            if not out_of_memory(e) or size == 1:
+                raise
+            size = -(-size // 2)
+            continue
+        yield rows[:size], answer
+        rows = rows[size:]
+
+
+# ---------------------------------------- several processes
+
+
+def rank():
+    """Which of the processes that torchrun started this is. Process 0 alone writes and speaks."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world():
+    """How many processes share the training; 1 without torchrun."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def joined():
+    """Join the processes that torchrun started, if any. All but process 0 are silent."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    distributed.init_process_group()  # NCCL between GPUs, Gloo between CPUs
+    with contextlib.ExitStack() as stack:
+        if rank():
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+            stack.enter_context(contextlib.redirect_stderr(silence))
+        yield
+        distributed.destroy_process_group()  # not after an error: the others are not waited for
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """Process 0 runs the body first and writes the files. The others then find the files ready."""
+    if rank():
+        distributed.barrier()
+    yield
+    if world() > 1 and not rank():
+        distributed.barrier()
+
+
+def any_process(*flags):
+    """Each flag, true where it is true in one of the processes."""
+    if world() == 1:
+        return flags
+    flags = torch.tensor(flags, dtype=torch.int32)
+    distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+    return flags.bool().tolist()
+
+
+def summed(numbers):
+    """A float tensor on the CPU, summed over the processes."""
+    if world() > 1:
+        distributed.all_reduce(numbers)
+    return numbers
+
+
+def rows_of_this_process(N):
+    """The slice of N rows that this process works on; all of them without torchrun."""
+    return slice(N * rank() // world(), N * (rank() + 1) // world())
+
+
+def parallel(model):
+    """The model with gradients averaged over the processes; without torchrun the model itself."""
+    if world() == 1:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def without_exchange(model):
+    """A context in which no gradients are exchanged: they meet once, in the last micro-batch."""
+    return contextlib.nullcontext() if world() == 1 else model.no_sync()
+
+
+def backward(loss):
+    """loss.backward(), so that gradients are summed over the processes and not averaged."""
+    (loss * world()).backward()
+
+
+def divided_among_processes(function, N):
+    """function(indices) -> a row for each of 0..N-1. Each process does its part, all get all rows.
+
+    Raises Stopped in every process if it was raised in one.
+    """
+    if world() == 1:
+        return function(np.arange(N))
+    try:
+        part = function(np.arange(rank(), N, world()))
+    except Stopped:
+        part = None
+    parts = [None] * world()
+    distributed.all_gather_object(parts, part)
+    if any(part is None for part in parts):
+        raise Stopped
+    rows = torch.empty(N, *parts[0].shape[1:])
+    for process, part in enumerate(parts):
+        rows[process :: world()] = part
+    return rows

@@ -1,0 +1,376 @@
+r"""A trained network in use: masks and X-rays sampled from it, and what §4.3 measures on them.
+
+    python evaluate.py results/lung-add-phantoms.json results/infection-add-phantoms.json
+
+prints the eight metrics of these runs beside those of the report's Tables 1 and 2.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import batches
+import config
+import data
+import diffusion
+import metrics
+import score
+from console import Parser, UserError, exit_status, message
+from devices import autocast, divided_among_processes, in_chunks
+
+EVAL_SEED = 0  # chooses the images that are evaluated and their x_T, the same in every run (§4.3)
+REPORT_TABLES = {  # Tables 1 and 2: (addition, concatenation)
+    "lung": {
+        "DICE index": (0.9529, 0.9541),
+        "Jaccard index": (0.9101, 0.9123),
+        "Accuracy": (0.9792, 0.9793),
+        "Sensitivity": (0.9455, 0.9502),
+        "Specificity": (0.9888, 0.9878),
+        "Balanced Accuracy": (0.9672, 0.9793),
+        "Precision": (0.9604, 0.9581),
+        "MCC": (0.9396, 0.9408),
+    },
+    "infection": {
+        "DICE index": (0.6755, 0.4708),
+        "Jaccard index": (0.5105, 0.3087),
+        "Accuracy": (0.9183, 0.8967),
+        "Sensitivity": (0.6687, 0.3646),
+        "Specificity": (0.9550, 0.9736),
+        "Balanced Accuracy": (0.8119, 0.6691),
+        "Precision": (0.6838, 0.6674),
+        "MCC": (0.6293, 0.4431),
+    },
+}
+
+# ---------------------------------------- sampling
+
+
+def eps_model_of(model, cfg, s, device, progress=None):
+    """The network as the samplers call it, eps_model(xt, t, e), whatever it predicts.
+
+    e = model.embed(y), once for all steps. progress(images) is called after each pass.
+    """
+
+    def eps_model(xt, t, e):
+        with autocast(cfg, device):
+            answer = model.denoise(xt, t, e).float()
+        if progress:
+            progress(len(xt))
+        return diffusion.eps_of(s, cfg.target, answer, xt, t)
+
+    return eps_model
+
+
+def passes_of(cfg):
+    """How often the network is called for one image."""
+    N, T = cfg.ddim_steps, cfg.T
+    if cfg.supervised:
+        return 1
+    exact = {
+        "ddpm": T,
+        "ode": 2 * ((N + 1) // 2) - 1,
+        "pc": 2 * ((N - 1) // 2) + 1,
+        "langevin": 10 * ((N - 1) // 10) + 1,
+    }
+    return exact.get(cfg.sampler, N)
+
+
+def sample_with(cfg, s, eps_model, noise, e):
+    """x_0 by cfg.sampler in at most cfg.ddim_steps passes (DDPM: T), with x_0_hat clipped.
+
+    ode       the probability-flow ODE by Heun's method; the noise levels are evenly spaced in
+              sigma^(1/7) down to 0.02, then 0
+    sde, pc   the reverse SDE by Euler-Maruyama; pc with a step of Langevin dynamics before each,
+              whose length is averaged over the images that are sampled together, as in [20]: with
+              pc alone an image depends a little on its batch
+    langevin  annealed Langevin dynamics over ten of the schedule's noise levels (score.ncsn_steps)
+    """
+    N, T = cfg.ddim_steps, s.T
+    if cfg.sampler == "ddim":
+        return diffusion.ddim_sample(s, eps_model, noise, e, N, cfg.eta)
+    if cfg.sampler == "ddpm":
+        return diffusion.ddpm_sample(s, eps_model, noise, e)
+    process = score.process_of(T, cfg.shift)
+    at_time = score.score_of_eps(process, eps_model, T, e, clip=True)
+    at_level = score.score_at_level(process, at_time)
+    if cfg.sampler == "ode":
+        largest = score.level(process, 1.0)
+        sigmas = score.on_grid(process, score.heun_levels(largest, 0.02, (N + 1) // 2), T)
+        return score.ode_heun(at_level, sigmas[0] * noise(), sigmas)
+    if cfg.sampler == "langevin":
+        sigmas = [score.level(process, k / T) for k in score.ncsn_steps(T)]
+        return score.langevin(at_level, noise, sigmas, (N - 1) // 10, step=0.2 * sigmas[-1] ** 2)
+    if cfg.sampler == "pc":
+        ts = score.times((N - 1) // 2, 1 / T, T, rho=2.0)
+        return score.reverse_sde(process, at_time, noise, ts, correct=0.16)
+    return score.reverse_sde(process, at_time, noise, score.times(N - 1, 1 / T, T, rho=2.0))
+
+
+@torch.inference_mode()
+def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None, seed=EVAL_SEED):
+    """Masks of X-rays: (B, members, 1, H, W) in [-1, 1].
+
+    A supervised model has one, its probability p as 2 p - 1.
+    y      (B, 1, H, W) in [-1, 1], on the device
+    index  B ints: the noise of image i comes from (seed, i) alone
+    """
+    if cfg.supervised:
+        with autocast(cfg, device):
+            probability = model(y).float().sigmoid()
+        if progress:
+            progress(len(y))
+        return (2 * probability - 1)[:, None]
+    s = diffusion.schedule(cfg.T, cfg.shift)
+    with autocast(cfg, device):
+        e = model.embed(y).repeat_interleave(members, 0)
+    noise = diffusion.ImageNoise(seed, index, y.shape[1:], members, device)
+    x0 = sample_with(cfg, s, eps_model_of(model, cfg, s, device, progress), noise, e)
+    return x0.unflatten(0, (len(y), members))
+
+
+@torch.inference_mode()
+def sample_images(model, cfg, index, device="cpu", progress=None, seed=EVAL_SEED):
+    """X-rays from noise: (B, 1, H, W) in [-1, 1]. Image i comes from (seed, i) alone."""
+    s = diffusion.schedule(cfg.T, cfg.shift)
+    shape = (1, cfg.image_size, cfg.image_size)
+    noise = diffusion.ImageNoise(seed, index, shape, device=device)
+    return sample_with(cfg, s, eps_model_of(model, cfg, s, device, progress), noise, None)
+
+
+def segment(model, cfg, images, rows, device, progress=None):
+    """The mask of each X-ray of these rows: (n, 1, H, W) float32 in [-1, 1], on the CPU.
+
+    images: (N, 1, H, W) uint8. The mask is the mean of cfg.ensemble samples.
+    """
+
+    def masks_of(chunk):
+        y = data.to_float(images[chunk]).to(device)
+        members = sample_masks(model, cfg, y, chunk, cfg.ensemble, device, progress)
+        return members.mean(1).cpu()
+
+    return on_all_processes(masks_of, rows, images.shape[1:], device, cfg.ensemble)
+
+
+def on_all_processes(function, rows, shape, device, members=1):
+    """function(chunk of the rows) -> (n, *shape), for all rows: in chunks, on every process."""
+
+    def rows_of(i):
+        answers = [answer for _, answer in in_chunks(function, rows[i], device, members)]
+        return torch.cat([torch.empty(0, *shape), *answers])
+
+    return divided_among_processes(rows_of, len(rows))
+
+
+# ---------------------------------------- measuring: §4.3
+
+
+def evaluated_rows(N, n):
+    """The rows of a split that every evaluation samples: n of N at random, alike in every run."""
+    return np.sort(np.random.default_rng(EVAL_SEED).permutation(N)[:n])
+
+
+def images_sampled(cfg, sizes):
+    """How many images one evaluation passes through the network, counted once for each pass.
+
+    sizes: {split: number of images}
+    """
+    if cfg.task == "synthesis":
+        return min(sizes["Val"] // 2, cfg.eval_images) * passes_of(cfg)
+    n = sum(min(size, cfg.eval_images) for size in sizes.values())
+    return n * passes_of(cfg) * cfg.ensemble
+
+
+def time_left(cfg, sizes, step, each, evaluate_s=0.0):
+    """Seconds from `step` to the end of a run, evaluations included.
+
+    sizes       {split: number of images}
+    each        seconds a step
+    evaluate_s  seconds an evaluation; 0: not yet measured, so a pass counts as a third of a step
+    """
+    passes = images_sampled(cfg, sizes) / cfg.batch_size
+    evaluations = -(-cfg.steps // cfg.eval_every) - step // cfg.eval_every
+    return (cfg.steps - step) * each + evaluations * (evaluate_s or passes * each / 3)
+
+
+def evaluate_masks(model, cfg, splits, device, progress=None):
+    """The eight metrics on the evaluated rows of each split.
+
+    Returns {split: {"images": n, "pooled": {name: value}, "per image": {name: (mean, sd, n)}}} and,
+    of the last split, what figures.mask_grid shows: X-rays, true masks, masks, DICE of each.
+    """
+    report, shown = {}, None
+    for name, split in splits.items():
+        rows = evaluated_rows(len(split.images), cfg.eval_images)
+        masks = segment(model, cfg, split.images, rows, device, progress)
+        counts = metrics.confusion(masks, data.to_float(split.masks[rows]))
+        report[name] = {
+            "images": len(rows),
+            "pooled": metrics.scores(counts.pooled()),
+            "per image": metrics.per_image(counts),
+        }
+        dice = metrics.scores(counts)["DICE index"]
+        shown = split.images[rows], split.masks[rows], data.to_uint8(masks), dice
+    return report, shown
+
+
+def evaluate_images(model, cfg, splits, device, progress=None):
+    """§3: Eq. (7) on each split, and how far samples are from held-out images.
+
+    Returns {"Train": {"images", "loss"}, "Val": {"images", "loss", two distances}} and the samples.
+    """
+    report = {name: eq7_loss(model, cfg, split, device) for name, split in splits.items()}
+    distances, samples = distances_to_held_out(model, cfg, splits["Val"].images, device, progress)
+    report["Val"] |= distances
+    return report, samples
+
+
+@torch.inference_mode()
+def eq7_loss(model, cfg, split, device):
+    """Eq. (7) on the evaluated rows, with fixed t (uniform) and eps: {"images", "loss"}."""
+    s = diffusion.schedule(cfg.T, cfg.shift)
+    rows = evaluated_rows(len(split.images), cfg.eval_images)
+    x0 = data.to_float(split.images[rows])
+    as_eq7 = dict(seed=EVAL_SEED, t_power=1.0, noises=1, objective="eps")
+    t, eps = batches.draws(dataclasses.replace(cfg, **as_eq7), 0, x0)  # (n, 1), (n, 1, 1, H, W)
+
+    def summed_loss(i):
+        with autocast(cfg, device):
+            x, noise = x0[i].to(device), eps[i, 0].to(device)
+            mean = diffusion.l_simple(s, model, x, None, t[i, 0], noise, cfg.target)
+        return float(mean) * len(i)
+
+    losses = [loss for _, loss in in_chunks(summed_loss, np.arange(len(rows)), device)]
+    return {"images": len(rows), "loss": sum(losses) / len(rows)}
+
+
+@torch.inference_mode()
+def distances_to_held_out(model, cfg, held_out, device, progress=None):
+    """How far samples are from one half of the held-out images, and how far the other half is.
+
+    The distance of the two halves is what a perfect model can hope for. held_out: (N, 1, H, W)
+    uint8. Returns ({name: Fréchet distance of metrics.image_features}, samples as uint8).
+    """
+    order = np.random.default_rng(EVAL_SEED).permutation(len(held_out))
+    other, half = np.array_split(order, 2)
+    half = half[: cfg.eval_images]
+
+    def samples_of(i):
+        return sample_images(model, cfg, i, device, progress).cpu()
+
+    samples = on_all_processes(samples_of, np.arange(len(half)), held_out.shape[1:], device)
+    images = samples, data.to_float(held_out[half]), data.to_float(held_out[other[: len(half)]])
+    ours, reference, others = (metrics.image_features(x) for x in images)
+    return {
+        "Fréchet distance": metrics.frechet_distance(ours, reference),
+        "Fréchet distance of two held-out halves": metrics.frechet_distance(others, reference),
+    }, data.to_uint8(samples)
+
+
+def quality(line):
+    """What makes an evaluation better than another: validation DICE, or minus Eq. (7)'s loss."""
+    val = line["Val"]
+    number = val["pooled"]["DICE index"] if "pooled" in val else -val["loss"]
+    return -math.inf if math.isnan(number) else number
+
+
+def headline(measured):
+    """The number of one split's evaluation that progress is told by: "DICE 0.9740", "loss 0.0312"."""
+    if "pooled" in measured:
+        return f"DICE {measured['pooled']['DICE index']:.4f}"
+    return f"loss {measured['loss']:.4f}"
+
+
+# ---------------------------------------- tables
+
+
+def markdown_table(cfg, line):
+    """An evaluation, as a line of log.jsonl, beside the report's Table 1 or 2; as Markdown."""
+    what = f"step {line['step']}, {'phantoms' if cfg.phantoms else 'X-rays'}"
+    if cfg.task == "synthesis":
+        lines = [f"| synthesis, {what} | validation |", "|---|---|"]
+        lines.append(f"| Train loss | {line['Train']['loss']:.4f} |")
+        val = {name: value for name, value in line["Val"].items() if name != "images"}
+        return "\n".join([*lines, *(f"| {name} | {value:.4f} |" for name, value in val.items())])
+    number = {"lung": 1, "infection": 2}[cfg.task]
+    n, m = line["Train"]["images"], line["Val"]["images"]
+    columns = [
+        f"{config.kind_of(cfg, ' masks')}, {what}",
+        f"report, Table {number}: addition",
+        "report: concatenation",
+        f"here: {n} of train",
+        f"**here: {m} of validation**",
+        "mean ± sd of the images",
+    ]
+    lines = [row_of(columns), "|---" * len(columns) + "|"]
+    for name, (add, concat) in REPORT_TABLES[cfg.task].items():
+        mean, sd, _ = line["Val"]["per image"][name]
+        train, val = line["Train"]["pooled"][name], line["Val"]["pooled"][name]
+        numbers = [f"{add:.4f}", f"{concat:.4f}", f"{train:.4f}", f"**{val:.4f}**"]
+        lines.append(row_of([name, *numbers, f"{mean:.4f} ± {sd:.4f}"]))
+    return "\n".join(lines)
+
+
+def row_of(cells):
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def comparison(results):
+    """The eight metrics of published runs beside the report's, as Markdown.
+
+    results: dicts as in results/*.json, of lung and infection runs; validation, pooled over pixels
+    """
+    columns = [("", list(metrics.NAMES))]
+    for task, table in REPORT_TABLES.items():
+        runs = [result for result in results if result["config"]["task"] == task]
+        for i, cond in enumerate(("add", "concat")):
+            if runs:
+                numbers = [f"{table[name][i]:.4f}" for name in metrics.NAMES]
+                columns.append((f"report: {task}, {cond}", numbers))
+        for run in runs:
+            kind = "phantoms" if run["config"]["phantoms"] else "X-rays"
+            pooled = run["evaluation"]["Val"]["pooled"]
+            numbers = [f"{pooled[name]:.4f}" for name in metrics.NAMES]
+            columns.append((f"{kind}: {task}, {run['config']['cond']}", numbers))
+    titles, columns = zip(*columns)
+    return "\n".join([row_of(titles), "|---" * len(titles) + "|", *map(row_of, zip(*columns))])
+
+
+def parse(argv):
+    """The command line -> argparse.Namespace."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    p = Parser("evaluate.py", description=__doc__, formatter_class=formatter)
+    p.add_argument(
+        "results", nargs="+", metavar="FILE", help="results.json of a run that has masks"
+    )
+    return p.parse_args(argv)
+
+
+def read_result(path):
+    """The dict of a results.json. UserError: not one, or of a synthesis run."""
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        result["evaluation"]["Val"]["pooled"], result["config"]["task"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: not the results.json of a run that has masks") from e
+    return result
+
+
+def main(argv=None):
+    args = parse(sys.argv[1:] if argv is None else argv)
+
+    def work():
+        message(comparison([read_result(path) for path in args.results]))
+        return 0
+
+    return exit_status("evaluate.py", work, "there is little to save", "nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
