@@ -1,0 +1,235 @@
+"""What console.py promises: how a command ends, what Ctrl-C does, and what is shown meanwhile."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import console
+
+ROOT = Path(__file__).resolve().parent
+
+# ---------------------------------------- how a command ends
+
+
+def status_of(error):
+    """exit_status of a command whose work raises this error."""
+
+    def work():
+        raise error
+
+    return console.exit_status("train.py", work, "try --micro-batch 8", "results/x is whole")
+
+
+def test_a_command_that_ends_well_has_the_status_of_its_work_and_says_nothing(capsys):
+    assert console.exit_status("train.py", lambda: None, "", "") is None
+    assert console.exit_status("train.py", lambda: 3, "", "") == 3
+    assert capsys.readouterr() == ("", "")
+
+
+def test_bad_input_is_one_line_and_status_2(capsys):
+    assert status_of(console.UserError("lr must be above 0; got -1")) == 2
+    assert capsys.readouterr() == ("", "train.py: error: lr must be above 0; got -1\n")
+    assert status_of(FileNotFoundError(2, "No such file or directory", "last.pt")) == 2
+    assert capsys.readouterr().err == (
+        "train.py: error: [Errno 2] No such file or directory: 'last.pt'\n"
+    )
+
+
+def test_too_little_memory_is_one_line_that_says_what_to_try_and_status_2(capsys):
+    """CUDA has a class for it; the words are those of MPS and cuBLAS."""
+    for error in (
+        torch.OutOfMemoryError("tried to allocate 20 GiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ):
+        assert console.out_of_memory(error)
+        assert status_of(error) == 2
+        said = "train.py: error: out of memory; try --micro-batch 8\n"
+        assert capsys.readouterr() == ("", said)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("bug"), KeyError("bug")],
+    ids=repr,
+)
+def test_an_error_of_the_program_is_raised_with_its_traceback(error, capsys):
+    assert not console.out_of_memory(error)
+    with pytest.raises(type(error)) as e:
+        status_of(error)
+    assert e.value is error
+    assert capsys.readouterr() == ("", "")
+
+
+def test_ctrl_c_says_what_is_on_disk_and_is_status_130(capsys):
+    assert status_of(KeyboardInterrupt()) == 130
+    assert capsys.readouterr() == ("", "\ntrain.py: stopped; results/x is whole\n")
+
+
+def test_a_refused_flag_is_one_line_and_status_2(capsys):
+    """No usage is repeated, though the flag needs more than a line of it."""
+    parser = console.Parser(prog="train.py")
+    parser.add_argument("--steps", type=int)
+    with pytest.raises(SystemExit) as e:
+        parser.parse_args(["--steps", "many"])
+    assert e.value.code == 2
+    said = "train.py: error: argument --steps: invalid int value: 'many'\n"
+    assert capsys.readouterr() == ("", said)
+
+
+# ---------------------------------------- Ctrl-C
+
+
+@pytest.fixture
+def acted():
+    """The signals that reached the handlers from before; they are this test's own."""
+    signals, before = [], {}
+    for sig in console.STOP_SIGNALS:
+        before[sig] = signal.signal(sig, lambda sig, frame: signals.append(sig))
+    yield signals
+    for sig, handler in before.items():
+        signal.signal(sig, handler)
+
+
+def test_the_stop_signals_are_ctrl_c_terminate_and_hang_up():
+    names = [sig.name for sig in console.STOP_SIGNALS]
+    assert names == ["SIGINT", "SIGTERM"] + ["SIGHUP"] * hasattr(signal, "SIGHUP")
+
+
+@pytest.mark.parametrize("sig", console.STOP_SIGNALS)
+def test_the_first_stop_signal_is_noted_and_the_second_acts(sig, acted, capsys):
+    """The second acts whichever it is: all handlers from before are back."""
+    with console.StopSignals() as signals:
+        signals.check()
+        assert signals.received is None
+        signal.raise_signal(sig)
+        assert signals.received == sig and acted == []
+        assert capsys.readouterr() == ("", f"\n{sig.name}: saving, one moment\n")
+        with pytest.raises(console.Stopped):
+            signals.check()
+        for second in console.STOP_SIGNALS:
+            signal.raise_signal(second)
+        assert acted == console.STOP_SIGNALS and signals.received == sig
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_after_the_context_the_handlers_from_before_are_back(error, acted):
+    before = [signal.getsignal(sig) for sig in console.STOP_SIGNALS]
+    try:
+        with console.StopSignals():
+            during = [signal.getsignal(sig) for sig in console.STOP_SIGNALS]
+            if error:
+                raise error
+    except (ValueError, KeyboardInterrupt) as e:
+        assert type(e) is error, "the context hides no error"
+    else:
+        assert error is None
+    assert [signal.getsignal(sig) for sig in console.STOP_SIGNALS] == before
+    assert not set(during) & set(before)
+
+
+def test_one_command_notes_its_signals_anew(acted):
+    with console.StopSignals() as first:
+        signal.raise_signal(signal.SIGINT)
+    with console.StopSignals() as second:
+        second.check()
+    assert first.received and second.received is None
+
+
+# ---------------------------------------- what a command shows
+
+
+def test_a_message_is_written_at_once_into_a_pipe_too():
+    """The process is ended without a flush of its own, as a kill would end it."""
+    code = "import os, console; console.message('epoch 1'); os._exit(0)"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=buffered)
+    assert (done.stdout.split(), done.stderr) == ([b"epoch", b"1"], b"")
+
+
+@pytest.mark.parametrize(
+    "seconds, shown",
+    [
+        (0, "0:00"),
+        (7.4, "0:07"),
+        (59.6, "1:00"),
+        (725, "12:05"),
+        (3599, "59:59"),
+        (3600, "1:00:00"),
+        (3723, "1:02:03"),
+        (360000, "100:00:00"),
+    ],
+)
+def test_a_clock_has_hours_only_where_there_are_some(seconds, shown):
+    assert console.clock(seconds) == shown
+
+
+def test_the_progress_line_says_rate_and_time_left_every_ten_seconds(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    progress = console.progress_line("decoding")
+    for seconds, done in ((1, 500), (20, 1000), (21, 1050), (3719, 33000), (3720, 33920)):
+        now[0] = 100.0 + seconds
+        progress(done, 33920)
+    assert capsys.readouterr().err == (
+        "decoding 1000/33920 50/s 10:58 left\n"  # 32920 left, at 1000 in 20 s
+        "decoding 33000/33920 8.87/s 1:44 left\n"
+        "decoding 33920/33920 9.12/s took 1:02:00\n"
+    )
+
+
+def test_on_a_terminal_the_progress_line_overwrites_itself(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = console.progress_line("x")
+    for done in (1, 2, 3):
+        now[0] = float(done)
+        progress(done, 3)
+    lines = ["x 1/3 1.00/s 0:02 left", "x 2/3 1.00/s 0:01 left", "x 3/3 1.00/s took 0:03"]
+    assert capsys.readouterr().err == "".join(f"\r{line:<78}" for line in lines) + "\n"
+
+
+def test_a_status_line_is_shown_every_ten_seconds_in_a_file_and_ten_times_a_second_on_a_terminal(
+    monkeypatch, capsys
+):
+    for terminal, step in ((False, 5.0), (True, 0.0625)):
+        now = [0.0]
+        monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+        status = console.StatusLine()
+        for i in range(1, 6):
+            now[0] = i * step
+            status.show(str(i))
+        status.show("end", last=True)
+        assert capsys.readouterr().err.split() == ["2", "4", "end"]
+
+
+def test_a_passes_line_adds_up_the_images_and_asks_each_time_whether_to_stop(monkeypatch, capsys):
+    now, asked = [0.0], []
+
+    def check():
+        asked.append(now[0])
+        if now[0] == 24:
+            raise console.Stopped
+
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    progress = console.passes_line("evaluating", 96, check)
+    for now[0] in (12.0, 18.0):
+        progress(24)
+    with pytest.raises(console.Stopped):
+        now[0] = 24.0
+        progress(24)
+    assert asked == [12, 18, 24]
+    assert capsys.readouterr().err == (
+        "evaluating 24/96 2.00/s 0:36 left\nevaluating 72/96 3.00/s 0:08 left\n"
+    )
+    console.passes_line("alone", 5)(5)  # check may be left out
+    assert capsys.readouterr().err.startswith("alone 5/5 ")
