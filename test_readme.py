@@ -1,218 +1,493 @@
-"""The README is true: what it names exists, what it commands parses, and its numbers stand in results/."""
+"""Every README is true: what it names exists, its commands parse, its numbers stand in results/."""
 
+import dataclasses
+import functools
 import importlib
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CODE = re.findall(r"`([^`\n]+)`", README) + [line.strip() for line in README.splitlines() if line.startswith("    ")]
+RESULTS = ROOT / "results"
+FILES = [ROOT / "README.md", *sorted(RESULTS.glob("**/README.md"))]
+TEXTS = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in FILES}
+README = TEXTS["README.md"]
+ALL = "\n\n".join(TEXTS.values())
+MODULES = {
+    file.stem for file in ROOT.glob("*.py") if not file.stem.startswith(("test", "conftest"))
+}
+CPU = torch.device("cpu")
+
+# ---------------------------------------- reading a README
+
+
+def code(text):
+    """Inline code and indented lines, in order."""
+    indented = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    return re.findall(r"`([^`\n]+)`", text) + indented
 
 
 def commands(script):
-    """Every command of the README that calls this script, its arguments as a shell would split them."""
-    calls = [re.sub(r".*&& ", "", code) for code in CODE]
-    return sorted({call.split("#")[0].strip() for call in calls if call.startswith(f"python {script} ")})
+    """The arguments of every call of this script in the READMEs, each once."""
+    calls = [re.sub(r".*&& ", "", line) for line in code(ALL)]
+    pattern = rf"(?:python|torchrun .*?) {re.escape(script)}(?: (.*))?"
+    return sorted({match[1] or "" for call in calls if (match := re.fullmatch(pattern, call))})
 
 
-MODULES = "|".join(file.stem for file in ROOT.glob("*.py") if not file.stem.startswith("test_"))
+def section(text, title):
+    """What stands below a heading, up to the next one of its level."""
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-@pytest.mark.parametrize("symbol", sorted(set(re.findall(rf"`((?:{MODULES})\.\w+)`", README))))
-def test_every_symbol_exists(symbol):
-    """`module.name` in the README can be imported."""
-    module, name = symbol.split(".")
-    if name == "py":
-        assert (ROOT / symbol).is_file()
-    else:
-        assert hasattr(importlib.import_module(module), name)
+def table_below(header, text=ALL):
+    """The rows of the table with this header line."""
+    assert text.count(header + "\n") == 1, header
+    return text.split(header + "\n")[1].split("\n\n")[0].splitlines()[1:]
 
 
-def test_every_test_it_names_exists_and_the_map_names_one_a_line():
-    """The equation map's last column are functions of the test files."""
-    tests = set(re.findall(r"^def (test_\w+)", "\n".join(f.read_text() for f in ROOT.glob("test_*.py")), re.M))
-    named = set(re.findall(r"`(test_[a-z]\w+)`", README))
-    assert named <= tests, named - tests
-    rows = re.findall(r"^\| (?:Eqs?\.|§).*\| (.*) \|$", README.split("## Where each equation is")[1].split("\n## ")[0], re.M)
-    assert len(rows) >= 12 and all("`test_" in row for row in rows)
+def row(*cells):
+    """A line of a table."""
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
-@pytest.mark.parametrize("command", commands("train.py"))
-def test_every_training_command_is_accepted(command):
-    """train.py parses and resolves it, or it is a --resume or --help."""
-    train = importlib.import_module("train")
-    words = shlex.split(command)[2:]
-    if "--help" in words:
-        return
-    args = train.parse(words)
-    if args.resume:
-        given = {k for k, v in vars(args).items() if v is not None and v is not False} - {"resume"}
-        assert given <= {"data", "device", "test", *train.RESUMABLE}
-    else:
-        train.describe(train.configure(args, train.torch.device("cpu")))
+def digits(value, count=4):
+    """A number; nothing where it was not run."""
+    return "" if value is None else f"{value:.{count}f}"
 
 
-@pytest.mark.parametrize("command", commands("sample.py"))
-def test_every_sampling_command_is_accepted(command):
-    """sample.py parses it."""
-    assert importlib.import_module("sample").parse(shlex.split(command)[2:]).run.startswith("runs/")
+def spread(values, count=4):
+    """Mean ± standard deviation; of one seed the value alone, of none nothing."""
+    if not values:
+        return ""
+    deviation = f" ± {np.std(values, ddof=1):.{count}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{count}f}{deviation}"
 
 
-def test_the_training_commands_of_the_docstrings_are_accepted():
-    """train.py's own docstring."""
-    train = importlib.import_module("train")
-    lines = re.findall(r"^    python train\.py (.*?)(?:  +.*)?$", train.__doc__, re.M)
-    assert len(lines) >= 5
-    for line in lines:
-        args = train.parse(line.split())
-        if not args.resume:
-            train.configure(args, train.torch.device("cpu"))
-
-
-def test_every_link_and_picture_is_in_the_project():
-    """Relative targets of [text](target) and ![...](...)."""
-    targets = [t for t in re.findall(r"\]\(([^)\s]+)\)", README) if not t.startswith("http")]
-    assert targets and all((ROOT / t).exists() for t in targets), targets
+def read(file):
+    """A JSON of results/."""
+    return json.loads((RESULTS / file).read_text(encoding="utf-8"))
 
 
 def published():
-    """{file name: dict} of results/."""
-    return {f.name: json.loads(f.read_text()) for f in sorted((ROOT / "results").glob("*.json"))}
+    """{file name: result} of the runs in results/."""
+    return {file.name: read(file.name) for file in sorted(RESULTS.glob("*.json"))}
 
 
-def test_every_result_says_where_it_comes_from():
-    """Each JSON of results/ has configuration, seed, commit, hardware, data and the evaluation."""
-    assert published()
-    for name, result in published().items():
-        assert {"config", "evaluation", "commit", "hardware", "torch", "minutes", "command"} <= result.keys(), name
-        assert {"seed", "phantoms", "task"} <= result["config"].keys(), name
-        assert not re.search(r"/(work|root|home|tmp)/", json.dumps(result)), f"{name} holds a path of one machine"
-
-
-def test_the_numbers_of_the_results_table_are_those_of_results():
-    """Each row `| [name](results/name.json) | ... | **value** |` repeats the file's own validation score to four digits."""
-    rows = re.findall(r"^\|.*\]\(results/([\w-]+\.json)\).*\*\*([\d.]+)\*\*.*\|$", README, re.M)
-    assert len(rows) >= 5
-    results = published()
-    for name, value in rows:
-        val = results[name]["evaluation"]["Val"]
-        number = val["pooled"]["DICE index"] if "pooled" in val else val["Fréchet distance"]
-        assert f"{number:.4f}" == value, name
-    assert set(results) == {name for name, _ in rows}
-
-
-def test_the_table_of_passes_repeats_the_evaluations_of_results():
-    """Each row `| [name](results/name.json) | 1 pass | 2 | 5 | 50 |`: the file's evaluations of the last step, same images; empty where not run."""
-    table = README.split("| run | 1 pass | 2 | 5 | 50 |")[1].split("\n\n")[0]
-    rows = re.findall(r"^\| \[.*\]\(results/([\w-]+\.json)\) \|(.*)\|$", table, re.M)
-    assert len(rows) >= 5
-    for name, numbers in rows:
-        result = published()[name]
-        same = {"step": result["evaluation"]["step"], "eval_images": result["config"]["eval_images"], "ensemble": 1}
-        found = {}
-        for e in result["evaluations"]:
-            if {"step": e["step"], "eval_images": e["protocol"]["eval_images"], "ensemble": e["protocol"]["ensemble"]} == same:
-                found[e["protocol"]["ddim_steps"]] = f"{e['Val']['DICE index']:.4f}"
-        assert [number.strip() for number in numbers.split("|")] == [found.get(steps, "") for steps in (1, 2, 5, 50)], name
-
-
-def test_the_tables_of_speed_are_what_benchmark_py_printed():
-    """Each JSON of results/speed/ as the script's own tables, word for word."""
-    files = sorted((ROOT / "results" / "speed").glob("*.json"))
-    assert files
-    for file in files:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        assert importlib.import_module("benchmark").tables(result) in README, file.name
-        assert {"commit", "hardware", "torch", "config"} <= result.keys()
-
-
-def test_the_table_of_samplers_is_that_of_results():
-    """Each row `| sampler | passes | Fréchet distance | DICE |`, mean ± standard deviation of the seeds, and no other."""
-    result = json.loads((ROOT / "results" / "samplers" / "small-phantoms.json").read_text(encoding="utf-8"))
-    table = README.split("| sampler | passes | synthesis: Fréchet distance | lung: DICE |")[1].split("\n\n")[0]
-    cell = lambda values, digits: f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}" if values else ""
-    rows = [f"| {r['sampler']} | {r['passes']} | {cell(r.get('synthesis'), 3)} | {cell(r.get('lung'), 4)} |" for r in result["rows"]]
-    assert table.splitlines()[2:] == rows and len(rows) > 8 and {"commit", "hardware", "torch", "seeds", "commands"} <= result.keys()
-    assert all(len(r.get(key, result["seeds"])) == len(result["seeds"]) for r in result["rows"] for key in ("synthesis", "lung"))
-
-
-@pytest.mark.parametrize("command", commands("probes.py"))
-def test_every_study_command_is_accepted(command):
-    """probes.py parses it."""
-    assert importlib.import_module("probes").parse(shlex.split(command)[2:]).run.startswith("runs/")
-
-
-def test_the_tables_of_the_studies_are_what_probes_py_printed():
-    """Each JSON of results/probes/ as the script's own table, word for word."""
-    files = sorted((ROOT / "results" / "probes").glob("*.json"))
-    assert len(files) >= 2
-    for file in files:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        assert importlib.import_module("probes").table(result) in README, file.name
-        assert {"commit", "hardware", "torch", "data", "seed"} <= result.keys()
-
-
-def table_below(header):
-    """The lines of README's table under this header, in order."""
-    return README.split(header + "\n")[1].split("\n\n")[0].splitlines()[1:]
-
-
-def mean_and_spread(values):
-    """Mean ± standard deviation to four digits; of one seed the value alone, of none nothing."""
-    spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{spread}" if values else ""
-
-
-def models(name):
+def studies(name):
     """A JSON of results/models/, which says where it comes from."""
-    result = json.loads((ROOT / "results" / "models" / name).read_text(encoding="utf-8"))
-    assert {"commits", "hardware", "torch", "images", "data", "what"} <= result.keys() and len(result["rows"]) >= 5
-    assert result.keys() & {"seed", "seeds"}
+    result = read(f"models/{name}.json")
+    assert {"commits", "hardware", "torch", "images", "data", "what"} <= result.keys()
+    assert len(result["rows"]) >= 5 and result.keys() & {"seed", "seeds"}
     return result
 
 
-def test_the_table_of_models_is_that_of_results():
-    """Each row of phantoms, and what its mask costs by benchmark.py --models."""
-    speed = json.loads((ROOT / "results" / "speed" / "cpu-models.json").read_text(encoding="utf-8"))
-    cost = {row["model"]: f"{1e3 * row['mask']:.1f}" for row in speed["models"]}
-    cells = lambda r: (r["command"], r["passes"], cost[r["cost"]], mean_and_spread(r["one"]), mean_and_spread(r["nine"]))
-    line = lambda r: "| {} | {} | {} | `{}` | {} | {} | {} | {} |".format(r["task"], r["steps"], r["model"], *cells(r))
-    header = "| task | steps of 16 | model | command | passes a mask | ms a mask | DICE of one mask | of the mean of 9 |"
-    result = models("small-phantoms.json")
-    assert table_below(header) == [line(r) for r in result["rows"]]
-    assert all(f"{dice:.4f}" in README for run in result["float32, seed 0"]["runs"] for dice in run["DICE"].values())
+# ---------------------------------------- the first page
 
 
-def test_the_table_of_real_xrays_is_that_of_results():
-    """Train to Val, and to Test; empty where not run."""
-    cells = lambda r: " | ".join("" if r[key] is None else f"{r[key]:.4f}" for key in ("Val", "Val, nine", "Test", "Test, nine"))
-    rows = [f"| {r['model']} | `{r['command']}` | {r['passes']} | {cells(r)} |" for r in models("small-xrays.json")["rows"]]
-    assert table_below("| model | command | passes a mask | Val: one mask | mean of 9 | Test: one mask | mean of 9 |") == rows
+def test_the_readme_is_short():
+    """At most 20 KB."""
+    assert len(README.encode()) <= 20_000
 
 
-def test_the_table_of_switches_is_that_of_results():
-    """One switch a row, each accepted by train.py."""
-    train, result = importlib.import_module("train"), models("switches-phantoms.json")
-    flags = lambda r: f"`{r['flags']}`" if r["flags"] else ""
-    cells = lambda r: " | ".join(mean_and_spread(r[key]) for key in ("one", "nine", "five"))
-    rows = [f"| {r['switch']} | {flags(r)} | {cells(r)} |" for r in result["rows"]]
-    assert table_below("| switch | flags | one mask, 1 pass | mean of 9, 2 passes | one mask, 5 passes |") == rows
-    assert f"`{result['base']}`" in README and mean_and_spread(result["supervised"]) in README
-    for r in result["rows"]:
-        train.configure(train.parse(f"{result['base']} {r['flags']}".split()[2:]), train.torch.device("cpu"))
+def test_it_begins_with_two_lines_that_do_everything():
+    """On a fresh machine: the first trains and draws, the second runs the tests."""
+    block = README.split("\n\n    ")[1].split("\n\n")[0].splitlines()
+    first, second = (line.strip() for line in block)
+    fresh = "python3 -m venv .venv && . .venv/bin/activate && pip install -r "
+    assert first == fresh + "requirements.txt && python train.py --task lung --cond concat"
+    assert second == fresh + "requirements-dev.txt && pytest"
 
 
-@pytest.mark.parametrize("command", commands("benchmark.py"))
-def test_every_benchmark_command_is_accepted(command):
-    """benchmark.py parses it."""
-    importlib.import_module("benchmark").parse(shlex.split(command)[2:])
+def test_ci_runs_the_test_command_of_the_readme(tmp_path):
+    """.ci/run, with programs in place of python3, pip and pytest that write down their calls."""
+    if not shutil.which("bash"):
+        pytest.skip("no bash")
+    for name in (".ci/run", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("python3", "pip", "pytest"):
+        act = "mkdir -p .venv/bin && touch .venv/bin/activate" if name == "python3" else "true"
+        (programs / name).write_text(
+            f'#!/bin/sh\n{act}\necho "{name}" "$@" "$OMP_WAIT_POLICY" >> calls\n'
+        )
+        (programs / name).chmod(0o755)
+    path = {"PATH": f"{programs}:/usr/bin:/bin"}
+    subprocess.run(["bash", ".ci/run"], cwd=tmp_path, env=path, check=True, capture_output=True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    words = ("python3 -m venv .venv", "pip install -r requirements-dev.txt", "pytest")
+    assert calls == [f"{call} PASSIVE" for call in words]
+
+
+def test_the_shelves_hold_every_module():
+    """The list of files, beside the files."""
+    listed = re.findall(r"\b([a-z]+)\.py\b", "\n".join(code(section(README, "Files"))))
+    assert set(listed) == MODULES
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_prose_is_at_most_100_columns_wide(name):
+    """Commands, tables and pictures may be wider. No `code` is broken over two lines."""
+    for line in TEXTS[name].splitlines():
+        assert len(line) <= 100 or line.startswith(("|", "    ", "![")), line
+        assert line.count("`") % 2 == 0, line
 
 
 def test_nothing_is_left_to_fill_in():
     """No placeholder."""
-    assert not re.search(r"@[A-Z]+@|TODO|FIXME", README)
+    assert not re.search(r"@[A-Z]+|TODO|FIXME", ALL)
+
+
+# ---------------------------------------- what is named exists
+
+
+@pytest.mark.parametrize(
+    "symbol", sorted(set(re.findall(rf"`((?:{'|'.join(sorted(MODULES))})\.\w+)`", ALL)))
+)
+def test_every_symbol_exists(symbol):
+    """`module.name` can be imported."""
+    module, name = symbol.split(".")
+    assert name == "py" or hasattr(importlib.import_module(module), name)
+
+
+def test_every_file_it_names_exists():
+    """name.py, in code."""
+    named = set(re.findall(r"\b(\w+\.py)\b", "\n".join(code(ALL))))
+    assert len(named) > 15
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_every_test_it_names_exists_and_the_map_names_one_a_line():
+    """The equation map's last column are functions of the test files."""
+    sources = "\n".join(file.read_text(encoding="utf-8") for file in ROOT.glob("test_*.py"))
+    tests = set(re.findall(r"^def (test_\w+)", sources, re.M))
+    named = set(re.findall(r"`(test_[a-z]\w+)`", ALL))
+    assert named <= tests, named - tests
+    lines = section(README, "Where each equation is").splitlines()
+    rows = [line for line in lines if re.match(r"\| (Eq\.|§)", line)]
+    assert len(rows) >= 25
+    assert all(re.search(r"\| `\w+\.\w+`.* \| `test_\w+`.* \|$", line) for line in rows)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_link_and_picture_is_in_the_project(name):
+    """Relative targets of [text](target) and ![...](...). Every picture has a text in its place."""
+    links = re.findall(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", TEXTS[name])
+    inside = [link for link in links if not link[2].startswith("http")]
+    assert inside
+    for picture, text, target in inside:
+        assert ((ROOT / name).parent / target.split("#")[0]).exists(), target
+        assert text or not picture, target
+
+
+# ---------------------------------------- commands
+
+
+@functools.cache
+def parser_of(script):
+    """The parse of a script; train.py's stands in config.py."""
+    module = "config" if script == "train.py" else script.removesuffix(".py")
+    return importlib.import_module(module).parse
+
+
+def changed(args):
+    """The flags of a command line, and the settings of its --set."""
+    given = {k for k, v in vars(args).items() if v is not None and v is not False and v != []}
+    return (given - {"set"}) | {word.split("=")[0] for word in getattr(args, "set", None) or ()}
+
+
+def accept_training(arguments):
+    """Parse and resolve them, or check that they are settings that --resume may change."""
+    config = importlib.import_module("config")
+    args = config.parse(shlex.split(arguments))
+    if args.resume:
+        assert changed(args) <= {"resume", "data", "device", "test", *config.RESUMABLE}
+    else:
+        config.describe(config.configure(args, CPU))
+
+
+@pytest.mark.parametrize("arguments", commands("train.py"))
+def test_every_training_command_is_accepted(arguments):
+    """Also those of torchrun. --help stops by itself."""
+    if arguments != "--help":
+        accept_training(arguments)
+
+
+@pytest.mark.parametrize("script", ["sample.py", "studies.py", "benchmark.py"])
+def test_every_other_command_is_accepted(script):
+    """Each script parses its own."""
+    assert commands(script)
+    for arguments in commands(script):
+        args = parser_of(script)(shlex.split(arguments))
+        assert script == "benchmark.py" or args.run.startswith("runs/")
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "studies.py", "benchmark.py"])
+def test_the_commands_of_the_docstrings_are_accepted(script):
+    """What a script's own help shows. An example stands before two spaces and its words."""
+    doc = importlib.import_module(script.removesuffix(".py")).__doc__
+    lines = re.findall(rf"^    python {re.escape(script)}(?: (.*?))?(?:  +.*)?$", doc, re.M)
+    assert len(lines) >= (5 if script == "train.py" else 2)
+    for line in lines:
+        if script == "train.py":
+            accept_training(line)
+        else:
+            parser_of(script)(shlex.split(line))
+
+
+# ---------------------------------------- the runs
+
+
+def test_every_result_says_where_it_comes_from():
+    """Configuration, seed, commit, hardware, data, evaluation; no path of one machine."""
+    assert published()
+    for name, result in published().items():
+        origin = {"config", "evaluation", "commit", "hardware", "torch", "minutes", "command"}
+        assert origin <= result.keys(), name
+        assert {"seed", "phantoms", "task"} <= result["config"].keys(), name
+    for file in RESULTS.glob("**/*.json"):
+        assert not re.search(r"/(work|root|home|tmp)/", file.read_text(encoding="utf-8")), file
+
+
+def test_every_table_of_results_says_where_it_comes_from():
+    """Above a table, Source: data, seed, hardware, commit (that of a JSON), command."""
+    texts = [file.read_text(encoding="utf-8") for file in RESULTS.glob("**/*.json")]
+    commits = set(re.findall(r'"([0-9a-f]{7})[+"]', "\n".join(texts)))
+    for name, text in TEXTS.items():
+        blocks = text.split("\n\n") if name != "README.md" else []
+        for k, block in enumerate(blocks):
+            if not block.startswith("|"):
+                continue
+            above = [b for b in blocks[:k] if not b.startswith(("|", "    "))][-1]
+            assert above.startswith("Source: "), block.splitlines()[0]
+            for word in ("seed", "AMD EPYC", "commit", "command"):
+                assert word in above, (word, above)
+            assert re.search("phantoms|X-rays", above), above
+            assert set(re.findall(r"\b[0-9a-f]{7}\b", above)) <= commits, above
+
+
+def test_the_numbers_of_the_runs_are_those_of_results():
+    """Each row `| [name](name.json) | ... | train | **validation** |`, and every published run."""
+    pattern = r"^\|.*\]\(([\w-]+\.json)\).*\| (.+) \| \*?\*?([\d.]+)\*?\*? \|$"
+    text, found = TEXTS["results/README.md"], set()
+    for name, train, last in re.findall(pattern, section(text, "Runs"), re.M):
+        evaluation = published()[name]["evaluation"]
+        values = [evaluation[split]["pooled"]["DICE index"] for split in ("Train", "Val")]
+        assert [train, last] == [digits(value) for value in values], name
+        found.add(name)
+    for name, samples, halves in re.findall(
+        pattern.replace("(.+) ", r"\*\*(.+)\*\* "), section(text, "X-rays from noise (§3)"), re.M
+    ):
+        val = published()[name]["evaluation"]["Val"]
+        keys = ("Fréchet distance", "Fréchet distance of two held-out halves")
+        assert [samples, halves] == [digits(val[key]) for key in keys], name
+        found.add(name)
+    assert found == set(published())
+
+
+def test_the_commands_of_the_runs_make_the_settings_that_results_recorded():
+    """Flags were renamed since, settings were not. Aside: when it is evaluated, data, precision."""
+    config = importlib.import_module("config")
+    aside = {"preset", "data", "phantoms", "precision", "epochs", "evaluations", "eval_every"}
+    rows = re.findall(r"^\| \[.*\]\(([\w-]+\.json)\) \| `python train.py (.+?)`", ALL, re.M)
+    assert {name for name, _ in rows} == set(published())
+    for name, arguments in rows:
+        cfg = config.configure(config.parse(shlex.split(arguments)), CPU)
+        now = json.loads(json.dumps(dataclasses.asdict(cfg))) | {"clip": cfg.max_grad_norm}
+        for setting, value in published()[name]["config"].items():
+            assert setting in aside or now[setting] == value, (name, setting)
+
+
+def test_the_table_of_passes_repeats_the_evaluations_of_results():
+    """Evaluations of a run's last step on the same images, one mask each; empty where not run."""
+    rows = table_below("| run | 1 pass | 2 | 5 | 50 |")
+    assert len(rows) >= 5
+    for line in rows:
+        name, numbers = re.fullmatch(r"\| \[.*\]\(([\w-]+\.json)\) \|(.*)\|", line).groups()
+        result = published()[name]
+        last = (result["evaluation"]["step"], result["config"]["eval_images"], 1)
+        found = {}
+        for e in result["evaluations"]:
+            if (e["step"], e["protocol"]["eval_images"], e["protocol"]["ensemble"]) == last:
+                found[e["protocol"]["ddim_steps"]] = digits(e["Val"]["DICE index"])
+        cells = [number.strip() for number in numbers.split("|")]
+        assert cells == [found.get(passes, "") for passes in (1, 2, 5, 50)], name
+
+
+def test_the_table_beside_the_report_is_what_evaluate_py_prints():
+    """Word for word, by the command that stands above it."""
+    (arguments,) = commands("evaluate.py")
+    results = [json.loads((ROOT / name).read_text(encoding="utf-8")) for name in arguments.split()]
+    table = importlib.import_module("evaluate").comparison(results)
+    assert len(results) >= 5 and f"\n\n{table.strip()}\n\n" in README
+
+
+# ---------------------------------------- models, switches, samplers
+
+
+def cells_of_model(result, cost):
+    """The rows of the table in bf16: those whose schedule is not shifted."""
+    for r in result["rows"]:
+        if "shift" not in r["command"]:
+            cells = [r["task"], r["steps"], r["model"], f"`{r['command']}`", r["passes"]]
+            yield row(*cells, cost[r["cost"]], spread(r["one"]), spread(r["nine"]))
+
+
+def rows_in_float32(result):
+    """One row a command: {masks x passes: DICE}, of the shifted schedule and of seed 0 again."""
+    runs = {}
+    for r in result["rows"]:
+        if "shift" in r["command"]:
+            run = runs.setdefault(r["command"], {})
+            run |= {f"1 x {r['passes']}": v for v in r["one"]}
+            run |= {f"9 x {r['passes']}": v for v in r["nine"]}
+    for r in result["float32, seed 0"]["runs"]:
+        numbers = {key.removesuffix("es").removesuffix(" pass"): v for key, v in r["DICE"].items()}
+        runs[r["command"]] = {k if " x " in k else f"1 x {k}": v for k, v in numbers.items()}
+    for command, numbers in sorted(runs.items(), reverse=True):
+        task = command.split("--task ")[1].split()[0]
+        keys = ("1 x 1", "1 x 2", "1 x 5", "1 x 50", "9 x 2", "9 x 5")
+        assert numbers.keys() <= set(keys)
+        yield row(task, f"`{command}`", *(digits(numbers.get(key)) for key in keys))
+
+
+def rows_of_lacks(phantoms, xrays):
+    """What one mask of two passes lacks against nine, against one pass, against the supervised."""
+
+    def line(name, two, nine, one, supervised):
+        against = (None if value is None else value - two for value in (nine, one, supervised))
+        return row(name, *(digits(value) or "not run" for value in against))
+
+    for name, task, steps in (
+        ("lungs, 500 steps", "lung", 500),
+        ("lungs, 1000 steps", "lung", 1000),
+        ("infections", "infection", 1000),
+    ):
+        same = [r for r in phantoms["rows"] if (r["task"], r["steps"]) == (task, steps)]
+        (one,) = (r for r in same if r["model"] == "diffusion" and r["passes"] == 1)
+        (two,) = (r for r in same if r["model"] == "diffusion" and r["passes"] == 2)
+        supervised = same[0]
+        assert supervised["model"] == "the report's network, supervised"
+        values = (two["one"], two["nine"], one["one"], supervised["one"])
+        assert {len(value) for value in values} == {3}
+        yield line(name, *(np.mean(value) for value in values))
+    supervised, (one, two) = xrays["rows"][0], xrays["rows"][-2:]
+    for split in ("Val", "Test"):
+        numbers = (two[split], two[f"{split}, nine"], one[split], supervised[split])
+        yield line(f"real X-rays, {split}", *numbers)
+
+
+def test_the_table_of_models_is_that_of_results():
+    """Each row of phantoms in bf16, and what its mask costs by benchmark.py --models."""
+    cost = {r["model"]: digits(1e3 * r["mask"], 1) for r in read("speed/cpu-models.json")["models"]}
+    header = ("task", "steps of 16", "model", "command", "passes a mask", "ms a mask")
+    rows = table_below(row(*header, "DICE of one mask", "of the mean of 9"))
+    assert rows == list(cells_of_model(studies("small-phantoms"), cost)) and len(rows) > 15
+
+
+def test_the_table_in_float32_is_that_of_results():
+    """The shifted schedule, and seed 0 of the recipe and of the supervised networks."""
+    header = ("task", "command", "1 x 1 passes", "1 x 2", "1 x 5", "1 x 50", "mean of 9 x 2")
+    rows = table_below(row(*header, "mean of 9 x 5"))
+    assert rows == list(rows_in_float32(studies("small-phantoms"))) and len(rows) == 5
+
+
+def test_the_table_of_what_two_passes_lack_is_that_of_results():
+    """Differences of the means of the seeds."""
+    header = ("data", "against the mean of 9", "against one mask of 1 pass")
+    rows = table_below(row(*header, "against the supervised network"))
+    assert rows == list(rows_of_lacks(studies("small-phantoms"), studies("small-xrays")))
+
+
+def test_the_table_of_real_xrays_is_that_of_results():
+    """Train to Val, and to Test; empty where not run."""
+    header = ("model", "command", "passes a mask", "Val: one mask", "mean of 9", "Test: one mask")
+    keys, rows = ("Val", "Val, nine", "Test", "Test, nine"), []
+    for r in studies("small-xrays")["rows"]:
+        cells = (digits(r[key]) for key in keys)
+        rows.append(row(r["model"], f"`{r['command']}`", r["passes"], *cells))
+    assert table_below(row(*header, "mean of 9")) == rows
+
+
+def test_the_table_of_switches_is_that_of_results():
+    """One switch a row."""
+    result, rows = studies("switches-phantoms"), []
+    for r in result["rows"]:
+        flags = f"`{r['flags']}`" if r["flags"] else ""
+        rows.append(row(r["switch"], flags, *(spread(r[key]) for key in ("one", "nine", "five"))))
+    header = ("switch", "flags", "one mask, 1 pass", "mean of 9, 2 passes", "one mask, 5 passes")
+    assert table_below(row(*header)) == rows
+    assert f"`{result['base']}`" in ALL and spread(result["supervised"]) in ALL
+
+
+def test_a_switch_changes_what_it_names_and_nothing_else():
+    """The base's flags and its own, together: train.py takes both."""
+    config, result = importlib.import_module("config"), studies("switches-phantoms")
+
+    def settings(flags):
+        words = f"{result['base']} {flags}".split()[2:]
+        return dataclasses.asdict(config.configure(config.parse(words), CPU))
+
+    base = settings("")
+    assert (base["noises"], base["t_power"], base["eval_every"]) == (1, 2, 250)
+    for r in result["rows"]:
+        words = r["flags"].replace("--set ", "").replace("--", "").replace(" ", "=")
+        named = set(re.findall(r"[a-z_]+(?==)", words)) & base.keys()
+        now = settings(r["flags"])
+        assert {name for name in base if now[name] != base[name]} == named, r["switch"]
+
+
+def test_the_table_of_ways_to_begin_is_that_of_the_switches():
+    """Addition, concatenation, concatenation that begins as addition; by Eq. (7)."""
+    switches = {r["switch"]: r for r in studies("switches-phantoms")["rows"]}
+    names = ("addition", "concatenation that begins as addition")
+    columns = [switches[f"Eq. (7), {name}"] for name in names]
+    columns.insert(1, switches["Eq. (7): ε, t uniform"])
+    rows = [("mean of 9, 2 passes", "nine"), ("one mask, 5 passes", "five")]
+    expected = [row(name, *(spread(column[key]) for column in columns)) for name, key in rows]
+    header = "| | addition | concatenation | concatenation that begins as addition |"
+    assert table_below(header) == expected
+
+
+def test_the_table_of_samplers_is_that_of_results():
+    """Mean ± standard deviation of the seeds, every row and no other."""
+    result = read("samplers/small-phantoms.json")
+    assert {"commit", "hardware", "torch", "seeds", "commands"} <= result.keys()
+    rows = []
+    for r in result["rows"]:
+        synthesis, lung = r.get("synthesis", []), r.get("lung", [])
+        assert {len(synthesis), len(lung)} <= {0, len(result["seeds"])}
+        rows.append(row(r["sampler"], r["passes"], spread(synthesis, 3), spread(lung)))
+    header = "| sampler | passes | synthesis: Fréchet distance | lung: DICE |"
+    assert table_below(header) == rows and len(rows) > 8
+
+
+# ---------------------------------------- speed and studies
+
+
+def test_the_tables_of_speed_are_what_benchmark_py_printed():
+    """Each JSON of results/speed/ as the script's own tables, word for word."""
+    files = sorted((RESULTS / "speed").glob("*.json"))
+    assert files
+    for file in files:
+        result = read(file)
+        assert importlib.import_module("benchmark").tables(result) in ALL, file.name
+        assert {"commit", "hardware", "torch", "config"} <= result.keys()
+
+
+def test_the_tables_of_the_studies_are_what_studies_py_printed():
+    """Each JSON of results/probes/ as the script's own table, word for word."""
+    files = sorted((RESULTS / "probes").glob("*.json"))
+    assert len(files) >= 2
+    for file in files:
+        result = read(file)
+        assert importlib.import_module("studies").table(result) in ALL, file.name
+        assert {"commit", "hardware", "torch", "data", "seed"} <= result.keys()
