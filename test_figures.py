@@ -1,0 +1,179 @@
+"""figures.py: each number and each mask stands at its place, in its colour, dash and range."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+import figures
+
+
+def gray(value, size=8):
+    return np.full((1, size, size), value, np.uint8)
+
+
+def hex_of(rgb):
+    """(158, 0, 115) -> "#9e0073"."""
+    return "#" + "".join(f"{round(c):02x}" for c in rgb)
+
+
+def pixels_of(png):
+    """The (H, W, 3) pixels of a file, as int."""
+    return np.asarray(Image.open(png).convert("RGB")).astype(int)
+
+
+def titles(axes):
+    return [ax.get_title() for ax in axes]
+
+
+# ---------------------------------------- images in rows
+
+
+def test_image_rows_puts_each_array_in_its_place():
+    """Rows, columns, labels, blanks. A row of numbers has one range and a colour bar.
+
+    Gray values are 0..255.
+    """
+    numbers = [np.eye(4), 3 * np.eye(4)]
+    rows = {"a": [gray(10), None, gray(30)], "b": numbers}
+    above = {"b": ["p", "q"]}
+    columns = ["x", "y", "z"]
+    fig = figures.image_rows(rows, "title", "caption", columns, maps=["b"], above=above)
+    grid = np.array(fig.axes[:6]).reshape(2, 3)
+    assert np.all(grid[0, 0].images[0].get_array() == 10)
+    assert np.all(grid[0, 2].images[0].get_array() == 30)
+    assert grid[0, 0].images[0].get_clim() == (0, 255)
+    assert not grid[0, 1].axison and not grid[1, 2].axison
+    assert np.array_equal(grid[1, 1].images[-1].get_array(), numbers[1])
+    assert [ax.images[-1].get_clim() for ax in grid[1, :2]] == [(0, 3), (0, 3)]
+    assert len(fig.axes) == 7
+    assert titles(grid[0]) == columns and titles(grid[1]) == ["p", "q", ""]
+    assert [ax.get_ylabel() for ax in grid[:, 0]] == ["a", "b"]
+    assert (fig.get_suptitle(), fig.get_supxlabel()) == ("title", "caption")
+
+
+def test_image_rows_outlines_the_masks_of_its_own_row():
+    """The contour of column i encloses mask i, in the colour given."""
+    mask = np.zeros((1, 8, 8), np.uint8)
+    mask[:, 2:4, 5:7] = 255
+    rows = {"a": [gray(0)], "b": [gray(0)]}
+    fig = figures.image_rows(rows, "", outlines={"b": [([mask], figures.TRUE, "solid")]})
+    assert not fig.axes[0].collections
+    (contour,) = fig.axes[1].collections
+    vertices = contour.get_paths()[0].vertices
+    assert np.allclose(vertices.min(0), [4.5, 1.5]) and np.allclose(vertices.max(0), [6.5, 3.5])
+    assert hex_of(255 * contour.get_edgecolor()[0][:3]) == figures.TRUE
+
+
+# ---------------------------------------- curves and planes
+
+
+def test_planes_have_their_first_row_below_and_arrows_that_fill_a_step():
+    """Density by extent; arrows in their direction; paths, points and labels.
+
+    The longest arrow is one step of the grid, an arrow of a quarter of its length half a step.
+    """
+    positions = np.stack(np.meshgrid([0.5, 1.5], [0.5, 1.5]), 2).reshape(4, 2)
+    extent, path = (0, 2, 0, 2), [[0, 0], [1, 2], [2, 2]]
+    arrows = (positions, [[4, 0], [0, 1], [0, 0], [0, -4]])
+    field = dict(extent=extent, density=np.array([[1, 2], [3, 4]]), arrows=arrows)
+    dots = dict(extent=extent, paths=[path], points=[[1, 1]], title="paths", xlabel="t")
+    fig = figures.planes({"row": [field, dots]}, "title", "below")
+    left, right = fig.axes
+    (density,) = left.images
+    assert density.origin == "lower" and density.get_extent() == [0, 2, 0, 2]
+    assert density.get_array()[0, 1] == 2
+    (quiver,) = (c for c in left.collections if hasattr(c, "U"))
+    assert np.allclose(quiver.U, [1, 0, 0, 0]) and np.allclose(quiver.V, [0, 0.5, 0, -1])
+    assert (quiver.scale, quiver.scale_units, quiver.angles) == (1, "xy", "xy")
+    assert right.lines[0].get_xydata().tolist() == path
+    assert right.lines[1].get_xydata().tolist() == [[1, 1]]
+    assert (left.get_ylabel(), right.get_title(), right.get_xlabel()) == ("row", "paths", "t")
+    assert fig.get_supxlabel() == "below"
+
+
+def test_lines_differ_in_more_than_colour():
+    """Each curve holds its own numbers; all dashes and markers are different, for gray printing."""
+    x = np.arange(5)
+    lines = {str(k): (x, k * x) for k in range(5)}
+    fig = figures.plot(dict(lines=lines, style="both", marks={"level": 2}, xlabel="t"), title="")
+    (ax,) = fig.axes
+    drawn = [container[0] for container in ax.containers]
+    assert all(np.array_equal(line.get_ydata(), k * x) for k, line in enumerate(drawn))
+    patterns = [line._dash_pattern[1] and tuple(line._dash_pattern[1]) for line in drawn]
+    dashes = {(line.get_linestyle(), pattern) for line, pattern in zip(drawn, patterns)}
+    assert len(dashes) == len({line.get_marker() for line in drawn}) == len(drawn) == 5
+    assert ax.get_xlabel() == "t"
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == ["level", "0", "1", "2", "3", "4"]
+
+
+def scores(dice):
+    return {"pooled": {"DICE index": dice, "Sensitivity": dice / 2, "Precision": dice / 4}}
+
+
+def evaluation(step, passes, dice):
+    """A line of log.jsonl."""
+    protocol = {"ddim_steps": passes}
+    return {"step": step, "protocol": protocol, "Val": scores(dice), "Train": scores(dice / 8)}
+
+
+def test_the_curves_are_the_losses_and_the_evaluations_of_one_protocol():
+    """Numbers at their places.
+
+    An evaluation with other passes at the same step belongs to another curve.
+    """
+    losses = [{"step": k, "loss": 1 / k, "lr": 0.1} for k in (1, 2, 3)]
+    two_of_5 = [evaluation(2, 5, 0.4), evaluation(3, 5, 0.6)]
+    fig = figures.curves([*losses, *two_of_5, evaluation(3, 50, 0.8)], "runs/x")
+    left, right = fig.axes
+    assert left.lines[0].get_xydata().tolist() == [[1, 1], [2, 1 / 2], [3, 1 / 3]]
+    assert left.get_xlim() == right.get_xlim() and right.get_title().endswith(", 5 passes")
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in right.lines}
+    assert drawn["validation DICE index"] == [[2, 0.4], [3, 0.6]]
+    assert drawn["train DICE index"] == [[2, 0.05], [3, 0.075]]
+    assert drawn["validation Sensitivity"] == [[2, 0.2], [3, 0.3]]
+    assert drawn["validation Precision"] == [[2, 0.1], [3, 0.15]]
+
+
+def test_of_two_protocols_with_as_many_evaluations_the_last_one_is_drawn():
+    losses = [{"step": k, "loss": 1 / k, "lr": 0.1} for k in (1, 2, 3)]
+    fig = figures.curves([*losses, evaluation(3, 5, 0.6), evaluation(3, 50, 0.8)], "runs/x")
+    assert fig.axes[1].get_title().endswith(", 50 passes")
+
+
+# ---------------------------------------- masks, and the picture in a notebook
+
+
+def test_the_mask_grid_goes_from_the_worst_to_the_best():
+    """Columns in order of DICE, an undefined one last; missed pixels green, too many orange."""
+    true, sampled = np.zeros((2, 3, 1, 8, 8), np.uint8)
+    true[:, :, 2:4], sampled[:, :, 3:5] = 255, 255
+    dice = np.array([0.9, np.nan, 0.5])
+    fig = figures.mask_grid(np.zeros_like(true), true, sampled, dice, "runs/x")
+    grid = np.array(fig.axes).reshape(4, 3)
+    assert titles(grid[0]) == ["DICE 0.500", "DICE 0.900", "DICE nan"]
+    difference = grid[3, 0].images[0].get_array()
+    missed, too_much, both, neither = (hex_of(difference[row, 0]) for row in (2, 4, 3, 0))
+    assert (missed, too_much) == (figures.TRUE, figures.SAMPLED)
+    assert (both, neither) == ("#c8c8c8", "#ffffff")
+
+
+def test_a_picture_shows_itself_in_a_notebook():
+    """As a PNG of a browser's width and few bytes.
+
+    Grays are within 4 levels of 255, black and white are kept, and so are colours.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (1, 64, 64), np.uint8)
+    fig = figures.image_rows({"a": [noise] * 4, "b": [gray(0), gray(255), gray(100)]}, "")
+    drawn, png = io.BytesIO(), fig._repr_png_()
+    fig.savefig(drawn, dpi=90)
+    assert len(png) < len(drawn.getvalue()) / 2
+    before, after = pixels_of(drawn), pixels_of(io.BytesIO(png))
+    assert 400 < after.shape[1] < 1200
+    assert np.abs(before - after).max() <= 4
+    assert after.min() == 0 and after.max() == 255 and len(np.unique(after)) > 50
+    two_lines = dict(lines={"x": ([0, 1], [0, 1]), "y": ([0, 1], [1, 0])})
+    shown = pixels_of(io.BytesIO(figures.plot(two_lines, title="")._repr_png_()))
+    orange = [int(figures.LINES[1][0][k : k + 2], 16) for k in (1, 3, 5)]
+    assert (np.abs(shown - orange).max(2) < 20).any()
