@@ -1,13 +1,17 @@
-r"""The supervised U-Nets that the report compares with (§4.4, §4.5): the X-ray in, the mask out, in one pass.
+r"""The supervised U-Nets that the report compares with (§4.4, §4.5): X-ray in, mask out, one pass.
 
 unet           UNet2015       the U-Net of Ronneberger et al. [15]
-res50attunet   Res50AttUNet   a ResNet-50 (He et al., arXiv 1512.03385) as encoder, attention gates (Oktay et al., 1804.03999) on the skips
-report-unet    OnePass        the network of §3.2 and §4.2 without diffusion: the same weights to learn, x_t = 0 and t = T for ever
+res50attunet   Res50AttUNet   a ResNet-50 (He et al., arXiv 1512.03385) as encoder, attention gates
+                              (Oktay et al., arXiv 1804.03999) on the skips
+report-unet    OnePass        the network of §3.2 and §4.2 without diffusion: the same weights to
+                              learn, x_t = 0 and t = T at every call
 
-Each takes X-rays y, (B, 1, H, W) in [-1, 1], and answers logits (B, 1, H, W), whose sigmoid is the probability that a pixel is inside the
-mask. All start from random weights. What differs from the papers: convolutions are padded, so that the mask has the X-ray's size; GroupNorm
-where [15] has no norm and ResNet has BatchNorm, because with it neither the gradient nor the answer depends on how a batch is divided;
-one logit instead of two; no dropout.
+Each takes X-rays y, (B, 1, H, W) in [-1, 1], and answers logits (B, 1, H, W), whose sigmoid is the
+probability that a pixel is inside the mask. All start from random weights.
+
+What differs from the papers: convolutions are padded, so that the mask has the X-ray's size.
+GroupNorm stands where [15] has no norm and ResNet has BatchNorm: with GroupNorm neither gradient
+nor answer depends on how a batch is divided. There is one logit instead of two, and no dropout.
 """
 
 import torch
@@ -18,7 +22,10 @@ from unet import group_norm
 
 
 def l_supervised(logits, x0):
-    """Cross-entropy of each pixel, mean over pixels: the loss of [15] without its weights. x0: masks (B, 1, H, W) in [-1, 1]."""
+    """Cross-entropy of each pixel, mean over pixels: the loss of [15] without its weights.
+
+    logits (B, 1, H, W) of any precision; x0: masks like them in [-1, 1]. Returns a number.
+    """
     return F.binary_cross_entropy_with_logits(logits.float(), (x0 + 1) / 2)
 
 
@@ -35,9 +42,12 @@ def two_convolutions(c_in, c_out):
 
 
 class UNet2015(nn.Module):
-    """The U-Net of [15], Figure 1: five levels of two convolutions, max pooling on the way down, 2x2 up-convolutions on the way up.
+    """The U-Net of [15], Figure 1: five levels of two convolutions.
 
-    channels  of the first level, 64 in [15]; they double at each. Sides of y: divisible by 16
+    Max pooling leads down, a 2x2 up-convolution leads up.
+
+    channels  of the first level, 64 in [15]; they double at each
+    y         sides divisible by 16
     """
 
     shrinks = 16  # how many times smaller the lowest level is
@@ -61,38 +71,55 @@ class UNet2015(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A block of ResNet-50: 1x1, 3x3 and 1x1 convolutions, + the input (by a 1x1 convolution where its size changes)."""
+    """A block of ResNet-50: 1x1, 3x3 and 1x1 convolutions, + the input.
+
+    The input passes a 1x1 convolution where its size changes.
+    """
 
     def __init__(self, c_in, c, stride=1):
         super().__init__()
-        inner = (convolution(c_in, c, 1), nn.ReLU(), convolution(c, c, 3, stride), nn.ReLU(), convolution(c, 4 * c, 1))
-        self.inner = nn.Sequential(*inner)
-        nn.init.zeros_(inner[-1][1].weight)  # a fresh block is its shortcut alone
-        self.shortcut = nn.Identity() if (c_in, stride) == (4 * c, 1) else convolution(c_in, 4 * c, 1, stride)
+        self.inner = nn.Sequential(
+            convolution(c_in, c, 1),
+            nn.ReLU(),
+            convolution(c, c, 3, stride),
+            nn.ReLU(),
+            convolution(c, 4 * c, 1),
+        )
+        nn.init.zeros_(self.inner[-1][1].weight)  # a fresh block is its shortcut alone
+        same_size = (c_in, stride) == (4 * c, 1)
+        self.shortcut = nn.Identity() if same_size else convolution(c_in, 4 * c, 1, stride)
 
     def forward(self, x):
         return F.relu(self.shortcut(x) + self.inner(x))
 
 
 class AttentionGate(nn.Module):
-    """What the decoder lets through of a skip: skip * sigmoid(psi(ReLU(W_x skip + W_g gate))), one factor a pixel.
+    """What the decoder lets through of a skip, by one factor a pixel.
 
-    skip (B, C, H, W), gate (B, C_g, H, W): what the decoder knows so far, enlarged to the skip's size.
+        skip * sigmoid(psi(ReLU(W_x skip + W_g gate)))
+
+    skip  (B, C, H, W)
+    gate  (B, C_g, H, W): what the decoder knows so far, enlarged to the skip's size
     """
 
     def __init__(self, c_skip, c_gate):
         super().__init__()
         c = max(1, c_skip // 2)
-        self.W_x, self.W_g, self.psi = nn.Conv2d(c_skip, c, 1, bias=False), nn.Conv2d(c_gate, c, 1), nn.Conv2d(c, 1, 1)
+        self.W_x = nn.Conv2d(c_skip, c, 1, bias=False)
+        self.W_g = nn.Conv2d(c_gate, c, 1)
+        self.psi = nn.Conv2d(c, 1, 1)
 
     def forward(self, skip, gate):
         return skip * self.psi(F.relu(self.W_x(skip) + self.W_g(gate))).sigmoid()
 
 
 class Res50AttUNet(nn.Module):
-    """ResNet-50 as the encoder of a U-Net: skips of 1/2 to 1/16 of the side, each through an attention gate, bottom at 1/32.
+    """ResNet-50 as the encoder of a U-Net: skips at 1/2 to 1/16 of the side, the bottom at 1/32.
 
-    channels  of the stem, 64 in ResNet-50. Sides of y: divisible by 32
+    Each skip passes an attention gate.
+
+    channels  of the stem, 64 in ResNet-50
+    y         sides divisible by 32
     """
 
     shrinks = 32
@@ -104,7 +131,8 @@ class Res50AttUNet(nn.Module):
         for i, blocks in enumerate((3, 4, 6, 3)):
             c = channels * 2**i
             first = Bottleneck(skips[-1], c, stride=2 if i else 1)
-            self.stages.append(nn.Sequential(first, *(Bottleneck(4 * c, c) for _ in range(blocks - 1))))
+            others = [Bottleneck(4 * c, c) for _ in range(blocks - 1)]
+            self.stages.append(nn.Sequential(first, *others))
             skips.append(4 * c)
         C = skips.pop()
         self.up, self.gates, self.merge = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
@@ -113,7 +141,8 @@ class Res50AttUNet(nn.Module):
             self.gates.append(AttentionGate(c_skip, c))
             self.merge.append(two_convolutions(c_skip + c, c))
             C = c
-        self.head = nn.Sequential(nn.ConvTranspose2d(C, C, 2, stride=2), two_convolutions(C, C), nn.Conv2d(C, 1, 1))
+        enlarge = nn.ConvTranspose2d(C, C, 2, stride=2)
+        self.head = nn.Sequential(enlarge, two_convolutions(C, C), nn.Conv2d(C, 1, 1))
 
     def forward(self, y):
         skips = [self.stem(y)]
@@ -129,7 +158,10 @@ class Res50AttUNet(nn.Module):
 
 
 class OnePass(nn.Module):
-    """The report's network as a supervised one: it is never shown a noisy mask, and t is always T. net: a unet.ConditionalUNet."""
+    """The report's network as a supervised one: it never sees a noisy mask, x_t is 0 and t is T.
+
+    net  a unet.ConditionalUNet
+    """
 
     def __init__(self, net, T):
         super().__init__()

@@ -141,14 +141,13 @@ SETTINGS = {field.name: field for field in dataclasses.fields(Config)}
 FOUND = ("data", "phantoms")  # settings that nobody chooses: they say what --data led to
 
 
-def is_set(name):
-    """Whether a setting is given by --set."""
-    return name in SETTINGS and name not in FOUND and not SETTINGS[name].metadata["group"]
+FLAGS = [name for name, field in SETTINGS.items() if field.metadata["group"]]
+BY_SET = [name for name in SETTINGS if name not in FLAGS and name not in FOUND]
 
 
 def flag(name):
     """A setting as the user gives it: --batch-size, or --set ema."""
-    return f"--set {name}" if is_set(name) else f"--{name.replace('_', '-')}"
+    return f"--set {name}" if name in BY_SET else f"--{name.replace('_', '-')}"
 
 
 # ---------------------------------------- the command line
@@ -161,17 +160,15 @@ def parse(argv, description=None):
     titles = (LEARN, IMAGES, TRAINING, SAMPLING, MACHINE, RUN)
     add = {title: p.add_argument_group(title).add_argument for title in titles}
     add[IMAGES]("--data", metavar="DIR", help="COVID-QU-Ex; default ./COVID-QU-Ex, else phantoms")
-    for name, field in SETTINGS.items():
-        if group := field.metadata["group"]:
-            add[group](flag(name), **argument(field))
+    for name in FLAGS:
+        add[SETTINGS[name].metadata["group"]](flag(name), **argument(SETTINGS[name]))
     add[SAMPLING]("--test", action="store_true", help="evaluate the Test split too, at the end")
     add[MACHINE]("--device", help="cuda, mps or cpu; default: the best there is")
     add[RUN]("--out", metavar="DIR", help="run folder; default runs/<what it learns>-<seed>")
     add[RUN]("--resume", metavar="RUN", help="go on with a run, or evaluate it in another way")
     add[RUN]("--dry-run", action="store_true", help="print settings, sizes and time, and stop")
-    others = ", ".join(name for name in SETTINGS if is_set(name))
-    how = dict(nargs="+", action="extend", metavar="NAME=VALUE", help=f"any of {others}")
-    add[RUN]("--set", **how)
+    names = f"one of {', '.join(BY_SET)}"
+    add[RUN]("--set", nargs="+", action="extend", metavar="NAME=VALUE", help=names)
     return p.parse_args(argv)
 
 
@@ -201,17 +198,14 @@ def count_or_auto(word):
 
 def settings_given(args):
     """{name: value} of the settings that the command line gives, as flags or by --set."""
-    given = {name: getattr(args, name, None) for name in SETTINGS if name not in FOUND}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     if "classes" in given:
         given["classes"] = tuple(given["classes"])
-    for text in getattr(args, "set", None) or ():
+    for text in args.set or ():
         name, equals, value = text.partition("=")
-        if name in SETTINGS and SETTINGS[name].metadata["group"]:
-            raise UserError(f"--set {name} has a flag of its own: {flag(name)} {value}")
-        if not equals or not is_set(name):
-            names = ", ".join(name for name in SETTINGS if is_set(name))
-            raise UserError(f"--set takes NAME=VALUE with a name of {names}; got {text}")
+        refuse(name in FLAGS, f"--set {name} has a flag of its own: {flag(name)} {value}")
+        rule = f"--set takes NAME=VALUE with a name of {', '.join(BY_SET)}"
+        refuse(not equals or name not in BY_SET, f"{rule}; got {text}")
         given[name] = converted(name, value)
     return given
 
@@ -420,8 +414,7 @@ def setting_line(cfg, name, words):
     line = f"  {name:17}{', '.join(map(str, value)) if isinstance(value, tuple) else value}"
     if not words or name in FOUND:
         return line
-    section = f" ({facts['section']})" if facts["section"] else ""
-    return f"{line:<34} {flag(name)}: {facts['words']}{section}"
+    return f"{line:<34} {flag(name)}: {facts['words']} ({facts['section']})".removesuffix(" ()")
 
 
 def unused(cfg):
@@ -445,8 +438,8 @@ def parameters(module):
 
 def kind_of(cfg, noun=""):
     """What a run is, in words: "lung, concat", "lung, unet"; with a noun "lung masks, concat"."""
-    words = (cfg.task + noun, cfg.model if cfg.supervised else None, cfg.cond)
-    return ", ".join(filter(None, words))
+    model = cfg.model if cfg.supervised else None
+    return ", ".join(filter(None, (cfg.task + noun, model, cfg.cond)))
 
 
 def name_of(cfg):
@@ -454,5 +447,4 @@ def name_of(cfg):
     model = cfg.model if cfg.supervised else None
     objective = None if cfg.objective == "eps" else cfg.objective
     classes = () if cfg.classes == DEFAULT_CLASSES[cfg.task] else cfg.classes
-    words = (cfg.task, model, cfg.cond, objective, *classes, str(cfg.seed))
-    return "-".join(filter(None, words))
+    return "-".join(filter(None, (cfg.task, model, cfg.cond, objective, *classes, str(cfg.seed))))

@@ -1,29 +1,33 @@
-r"""The diffusion process of §2: the schedule, Eqs. (1)-(7), the variational bound, DDPM [7] and DDIM [18] sampling.
+r"""The diffusion process of §2: schedule, Eqs. (1)-(7), variational bound, DDPM [7] and DDIM [18].
 
 report            here                      shape and range
 x_0               x0                        (B, C, H, W) float, in [-1, 1]
 x_t               xt                        like x0
 t                 t                         int, or (B,) int64: 1..T; t = 0 means "the clean image"
-beta, alpha, abar s.beta, s.alpha, s.abar   (T+1,) float64; entry t is the report's subscript t; abar_0 = 1
+beta, alpha, abar s.beta, s.alpha, s.abar   (T+1,) float64; entry t is the subscript t; abar_0 = 1
 eps               eps                       like x0, N(0, I)
 y                 y                         what a mask is conditioned on (§4), or None
 eps_theta         eps_model(xt, t, y)       like x0; any callable, t as (B,) int64 on xt's device
 
-This file knows no network, no data and no device: an exact solution and a trained U-Net are called alike.
-Numbers in brackets are the report's references.
+This file knows no network, no data and no device: an exact solution and a trained U-Net are called
+alike. Numbers in brackets are the report's references.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-# ------------------------------------------------------------------------------------- schedule: §3.2, Eq. (3)
+# ---------------------------------------- schedule: §3.2, Eq. (3)
 
 
 class Schedule(NamedTuple):
-    """beta_t, alpha_t and abar_t for t = 0..T, float64, on the CPU. Entry 0 is the clean image: beta_0 = 0, abar_0 = 1."""
+    """beta_t, alpha_t and abar_t for t = 0..T, float64, on the CPU.
+
+    Entry 0 is the clean image: beta_0 = 0, abar_0 = 1.
+    """
 
     beta: torch.Tensor
     alpha: torch.Tensor
@@ -35,23 +39,29 @@ class Schedule(NamedTuple):
 
 
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
-    r"""The linear noise schedule of §3.2, with Eq. (3):   alpha_t = 1 - beta_t,   abar_t = prod_{s<=t} alpha_s.
+    r"""The linear noise schedule of §3.2, with Eq. (3).
 
-    T       int >= 1   number of diffusion steps
-    beta_1, beta_T     in (0, 1), the first and the last variance; the report's "beta_0" is beta_1 here
+        alpha_t = 1 - beta_t,   abar_t = prod_{s<=t} alpha_s
+
+    T               int >= 1, the number of diffusion steps
+    beta_1, beta_T  in (0, 1), the first and the last variance; the report's "beta_0" is beta_1 here
 
     float64 on purpose: in float32 the variance 1 - abar_1 of Eq. (2) is already wrong by 2e-4.
     """
     if T < 1 or not (0 < beta_1 < 1 and 0 < beta_T < 1):
-        raise ValueError(f"a schedule needs T >= 1 and 0 < beta < 1, got T = {T}, beta_1 = {beta_1}, beta_T = {beta_T}")
+        got = f"T = {T}, beta_1 = {beta_1}, beta_T = {beta_T}"
+        raise ValueError(f"a schedule needs T >= 1 and 0 < beta < 1, got {got}")
     beta = torch.cat([torch.zeros(1), torch.linspace(beta_1, beta_T, T, dtype=torch.float64)])
     return Schedule(beta, 1 - beta, torch.cumprod(1 - beta, 0))
 
 
 def shifted(s, scale):
-    r"""The schedule whose signal-to-noise ratio abar_t / (1 - abar_t) is scale^2 times that of s at every t; beyond the report.
+    r"""The schedule whose signal-to-noise ratio is scale^2 times that of s at every t.
 
-    scale  above 0. Below 1 there is more noise at each step, as if x_0 had been multiplied by it before noising (Chen, arXiv 2301.10972)
+    scale  above 0. Below 1 there is more noise at each step, as if x_0 had been multiplied by scale
+           before noising.
+
+    The ratio is abar_t / (1 - abar_t). Beyond the report: Chen, arXiv 2301.10972.
     """
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be above 0 and finite, got {scale}")
@@ -60,16 +70,24 @@ def shifted(s, scale):
     return Schedule(1 - alpha, alpha, abar)
 
 
-def at(v, t, x):
-    """v[t] for each image of the batch, ready to multiply x: (B, 1, 1, 1), or (1, 1, 1, 1) for an int t.
+@functools.lru_cache(maxsize=8)
+def schedule(T, shift=1.0):
+    """The schedule of a run: §3.2's linear one in T steps, shifted by `shift` unless that is 1."""
+    s = linear_schedule(T)
+    return s if shift == 1 else shifted(s, shift)
 
-    v is computed in float64 and cast to x's dtype here, at the last moment.
+
+def at(v, t, x):
+    """v[t] for each image of the batch, ready to multiply x.
+
+    t (B,) gives (B, 1, 1, 1), an int t gives (1, 1, 1, 1). v (T+1,) is computed in float64 and cast
+    to x's dtype here, at the last moment.
     """
     t = torch.as_tensor(t, device=v.device)
     return v[t].to(x.device, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
-# ------------------------------------------------------------------------------------- forward process: Eqs. (1)-(4)
+# ---------------------------------------- forward process: Eqs. (1)-(4)
 
 
 def q_step(s, x_prev, t, eps):
@@ -78,9 +96,10 @@ def q_step(s, x_prev, t, eps):
 
 
 def q_sample(s, x0, t, eps):
-    r"""x_t ~ q(x_t | x_0) in one jump, Eqs. (2)-(3):   x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps.
+    r"""x_t ~ q(x_t | x_0), Eqs. (2)-(3):   x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps.
 
-    The report's Eq. (2) prints alpha_t where abar_t is meant; test_eq2_is_t_steps_of_eq1 shows it.
+    One jump instead of t steps of Eq. (1). The report's Eq. (2) prints alpha_t where abar_t is
+    meant; test_eq2_is_t_steps_of_eq1 shows it.
     """
     return at(s.abar.sqrt(), t, x0) * x0 + at((1 - s.abar).sqrt(), t, x0) * eps
 
@@ -88,10 +107,12 @@ def q_sample(s, x0, t, eps):
 def q_posterior(s, x0, xt, t):
     r"""Mean and variance of q(x_{t-1} | x_t, x_0), Eq. (4): Bayes' rule on Eqs. (1) and (2).
 
-        mu~    = sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0  +  sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t
+        mu~    = sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0
+                 + sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t
         beta~  = (1 - abar_{t-1}) / (1 - abar_t) beta_t
 
-    t in 1..T. At t = 1 the posterior is x_0 itself, with variance 0. Returns (mean like x0, variance (B, 1, 1, 1)).
+    t in 1..T. At t = 1 the posterior is x_0 itself, with variance 0.
+    Returns (mean like x0, variance (B, 1, 1, 1)).
     """
     abar_prev = s.abar.roll(1)  # entry t is abar_{t-1}; entry 0 is never asked for
     from_x0 = abar_prev.sqrt() * s.beta / (1 - s.abar)
@@ -104,13 +125,16 @@ VARIANCES = ("beta", "beta~")
 
 
 def sigma2(s, variance):
-    r"""sigma_t^2 for t = 0..T, (T+1,) float64: "beta" is beta_t (§2), "beta~" that of Eq. (4), 0 at t = 1; entry 0 is never asked for."""
+    r"""sigma_t^2 for t = 0..T, (T+1,) float64; entry 0 is never asked for.
+
+    variance  "beta": beta_t (§2), or "beta~": that of Eq. (4), which is 0 at t = 1
+    """
     if variance not in VARIANCES:
         raise ValueError(f"variance must be one of {VARIANCES}, got {variance!r}")
     return s.beta if variance == "beta" else (1 - s.abar.roll(1)) / (1 - s.abar) * s.beta
 
 
-# ------------------------------------------------------------------------------------- x_0, eps and v: three names of one unknown
+# ---------------------------------------- x_0, eps and v: three names of one unknown
 
 
 def predict_x0(s, xt, t, eps):
@@ -127,33 +151,46 @@ TARGETS = ("eps", "v", "x0")
 
 
 def target_of(s, target, x0, t, eps):
-    r"""What a network of this target should answer at x_t: eps (Eq. 7), x0, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0."""
-    if target == "v":
-        return at(s.abar.sqrt(), t, x0) * eps - at((1 - s.abar).sqrt(), t, x0) * x0
-    return {"eps": eps, "x0": x0}[target]
+    r"""What a network of this target should answer at x_t, like x0.
+
+    "eps" (Eq. 7), "x0", or "v":   v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0.
+    """
+    if target == "eps":
+        return eps
+    if target == "x0":
+        return x0
+    return at(s.abar.sqrt(), t, x0) * eps - at((1 - s.abar).sqrt(), t, x0) * x0
 
 
 def eps_of(s, target, answer, xt, t):
-    r"""The inverse of target_of, given x_t: a network's answer as eps, so that everything else knows only eps.
+    r"""The inverse of target_of, given x_t: a network's answer as eps, all that the rest knows."""
+    return eps_from(target, answer, xt, at(s.abar.sqrt(), t, xt), at((1 - s.abar).sqrt(), t, xt))
 
-    From v and Eq. (2):   eps = sqrt(abar_t) v + sqrt(1 - abar_t) x_t.
+
+def eps_from(target, answer, xt, a, std):
+    r"""eps_of for any x_t = a x_0 + std eps; in Eq. (2) a = sqrt(abar_t), std = sqrt(1 - abar_t).
+
+    From x_0:   eps = (x_t - a x_0) / std.      From v = a eps - std x_0:   eps = a v + std x_t.
     """
-    if target == "v":
-        return at(s.abar.sqrt(), t, xt) * answer + at((1 - s.abar).sqrt(), t, xt) * xt
-    return {"eps": lambda: answer, "x0": lambda: predict_eps(s, xt, t, answer)}[target]()
+    if target == "eps":
+        return answer
+    if target == "x0":
+        return (xt - a * answer) / std
+    return a * answer + std * xt
 
 
-# ------------------------------------------------------------------------------------- reverse process and losses: Eqs. (5)-(7)
+# ---------------------------------------- reverse process and losses: Eqs. (5)-(7)
 
 
 def p_step(s, xt, t, eps, variance="beta", clip=False):
-    r"""Mean and variance of p_theta(x_{t-1} | x_t), Eq. (5), with mu_theta written through the noise predictor as in [7].
+    r"""Mean and variance of p_theta(x_{t-1} | x_t), Eq. (5), through the noise predictor as in [7].
 
         mu_theta = mu~(x_t, x0_hat)  with  x0_hat = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)
-                 = (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t)           (the same, without clipping)
+                 = (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t)     (without clipping)
 
     eps       eps_theta(x_t, t), already evaluated
-    variance  "beta": sigma_t^2 = beta_t (§2; the report prints sigma_t = beta_t), or "beta~": that of Eq. (4)
+    variance  "beta": sigma_t^2 = beta_t (§2; the report prints sigma_t = beta_t),
+              or "beta~": that of Eq. (4)
     clip      clamp x0_hat to [-1, 1] first
 
     Returns (mean like xt, variance (B, 1, 1, 1)).
@@ -166,10 +203,12 @@ def p_step(s, xt, t, eps, variance="beta", clip=False):
 def l_weighted(s, eps_model, x0, t, eps, y=None, variance="beta"):
     r"""The weighted loss of Eq. (6), one number an image, in nats.
 
-        beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t)) || eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t) ||^2
+        beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t))
+            || eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t) ||^2
 
-    t (B,) int64 in 1..T; with variance "beta~" in 2..T, because beta~_1 = 0. The norm is the sum over pixels.
-    It is the part of L_{t-1} in vlb_terms that depends on the network. Returns (B,).
+    t (B,) int64 in 1..T; with variance "beta~" in 2..T, because beta~_1 = 0. The norm is the sum
+    over pixels. The loss is the part of L_{t-1} in vlb_terms that depends on the network.
+    Returns (B,).
     """
     weight = s.beta**2 / (2 * sigma2(s, variance) * s.alpha * (1 - s.abar))
     xt = q_sample(s, x0, t, eps)
@@ -178,11 +217,17 @@ def l_weighted(s, eps_model, x0, t, eps, y=None, variance="beta"):
 
 
 def l_simple(s, model, x0, y=None, t=None, eps=None, target="eps"):
-    r"""L_simple, Eq. (7):   E_{x_0, eps, t} || eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t) ||^2.
+    r"""L_simple, Eq. (7), one number for the batch.
 
-    t (B,) and eps (like x0) default to fresh draws, t uniform on 1..T. The norm is averaged over pixels (MSE), as in
-    the code of [7]: the scale differs from Eq. (7) by C*H*W, the minimiser does not. A model that answers 0 scores 1.
-    target "v" or "x0" asks the model for those instead of eps (target_of): another weight on each t, the same optimum.
+        E_{x_0, eps, t} || eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t) ||^2
+
+    t       (B,) int64; None: a fresh draw, uniform on 1..T
+    eps     like x0; None: a fresh draw
+    target  "v" or "x0" asks the model for those instead of eps (target_of): another weight on each
+            t, the same optimum
+
+    The norm is averaged over pixels (MSE), as in the code of [7]: the scale differs from Eq. (7) by
+    C*H*W, the minimiser does not. A model that answers 0 scores 1.
     """
     t = torch.randint(1, s.T + 1, (len(x0),)) if t is None else t
     eps = torch.randn_like(x0) if eps is None else eps
@@ -193,17 +238,19 @@ def l_simple(s, model, x0, y=None, t=None, eps=None, target="eps"):
 
 @torch.no_grad()
 def vlb_terms(s, eps_model, x0, noise, y=None, variance="beta"):
-    r"""The variational bound on -log p(x_0) that §2 speaks of, term by term, in bits per dimension ([7], Eq. 5).
+    r"""The terms of the variational bound on -log p(x_0) (§2), in bits per dimension: [7], Eq. (5).
 
-        L_0     = -log p_theta(x_0 | x_1)                           the decoder: 8-bit levels, p_theta integrated over each
-        L_{t-1} = KL( q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t) ),  t = 2..T
-        L_T     = KL( q(x_T | x_0) || N(0, I) )                      the prior: no parameters in it
+        L_0     = -log p_theta(x_0 | x_1)                                 the decoder
+        L_{t-1} = KL( q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t) )   t = 2..T
+        L_T     = KL( q(x_T | x_0) || N(0, I) )                           the prior: no parameters
+
+    The decoder integrates p_theta over each of the 256 levels of an 8-bit image. At t = 1, where
+    beta~_1 = 0, the decoder with variance "beta~" takes beta~_2, as [10] does.
 
     x0     (B, C, H, W), 8-bit levels as k / 127.5 - 1
     noise  callable, noise() -> like x0, a fresh draw for every t
 
-    Returns L (T+1, B): entry k is L_k, and L.sum(0) is the bound. T evaluations of the model. At t = 1, where beta~_1 = 0,
-    the decoder with variance "beta~" takes beta~_2, as [10] does.
+    Returns L (T+1, B): entry k is L_k, and L.sum(0) is the bound. T evaluations of the model.
     """
     L = x0.new_zeros(s.T + 1, len(x0))
     for t in range(1, s.T + 1):
@@ -216,7 +263,8 @@ def vlb_terms(s, eps_model, x0, noise, y=None, variance="beta"):
         else:
             nats = gaussian_kl(*q_posterior(s, x0, xt, t), mean, var)
         L[t - 1] = nats.flatten(1).mean(1)
-    prior = gaussian_kl(at(s.abar.sqrt(), s.T, x0) * x0, at(1 - s.abar, s.T, x0), torch.zeros_like(x0), torch.ones_like(x0))
+    mean_T, var_T = at(s.abar.sqrt(), s.T, x0) * x0, at(1 - s.abar, s.T, x0)  # of q(x_T | x_0)
+    prior = gaussian_kl(mean_T, var_T, torch.zeros_like(x0), torch.ones_like(x0))
     L[s.T] = prior.flatten(1).mean(1)
     return L / math.log(2)
 
@@ -227,33 +275,37 @@ def gaussian_kl(mean_1, var_1, mean_2, var_2):
 
 
 def discretised_log_likelihood(x0, mean, std):
-    """log of the mass that N(mean, std^2) gives to x0's 8-bit level (width 2/255; the outer two reach to infinity), in nats."""
+    """log of the mass that N(mean, std^2) gives to x0's 8-bit level, in nats.
+
+    A level has width 2/255; the outer two reach to infinity.
+    """
     cdf = torch.special.ndtr
     upper = torch.where(x0 > 0.999, 1.0, cdf((x0 + 1 / 255 - mean) / std))
     lower = torch.where(x0 < -0.999, 0.0, cdf((x0 - 1 / 255 - mean) / std))
     return (upper - lower).clamp(min=1e-12).log()
 
 
-# ------------------------------------------------------------------------------------- sampling: DDPM [7], DDIM [18]
+# ---------------------------------------- sampling: DDPM [7], DDIM [18]
 
 
 class ImageNoise:
     r"""Standard normal noise for a batch of images: the draws of image i come from (seed, i) alone.
 
-    The same image gets the same x_T and the same later noise whatever the batch size, the order and the device.
-    Philox is counter-based: its key is (seed, i), and each member of an ensemble starts in a stretch of its own.
+    The same image gets the same x_T and the same later noise whatever the batch size, the order and
+    the device. Philox is counter-based: its key is (seed, i), and each member of an ensemble starts
+    in a stretch of its own.
 
     seed     int >= 0
     index    B ints >= 0, the number i of each image in its data set
     shape    (C, H, W)
-    members  draw this many independent noises an image, image by image: the batch becomes B * members
+    members  draw this many noises an image, image by image: the batch becomes B * members
 
-    noise() returns the next draw, (B * members, C, H, W) float32 on `device`. A sampler's first draw is x_T.
+    noise() returns the next draw, (B * members, C, H, W) float32 on `device`. The first draw of a
+    sampler is x_T.
     """
 
     def __init__(self, seed, index, shape, members=1, device="cpu"):
-        stream = lambda i, k: np.random.Generator(np.random.Philox(key=[seed, i], counter=[0, 0, 0, k]))
-        self.streams = [stream(int(i), k) for i in index for k in range(members)]
+        self.streams = [philox(seed, int(i), k) for i in index for k in range(members)]
         self.shape, self.device = shape, device
 
     def __call__(self):
@@ -261,11 +313,18 @@ class ImageNoise:
         return torch.from_numpy(np.stack(draws)).to(self.device)
 
 
+def philox(seed, i, member):
+    """The generator of one member of image i: key (seed, i), counter at the member's stretch."""
+    return np.random.Generator(np.random.Philox(key=[seed, i], counter=[0, 0, 0, member]))
+
+
 @torch.no_grad()
 def ddpm_sample(s, eps_model, noise, y=None, variance="beta", clip=True, trajectory=False):
-    r"""Ancestral sampling of [7], "the classical approach" of §3.2: T passes,  x_{t-1} = mu_theta + sigma_t z, Eq. (5).
+    r"""Ancestral sampling of [7], "the classical approach" of §3.2: T passes of Eq. (5).
 
-    noise       callable, noise() -> (B, C, H, W); x_T first, then z for t = T..2. The last step adds none.
+        x_{t-1} = mu_theta + sigma_t z
+
+    noise       callable, noise() -> (B, C, H, W): x_T, then z for t = T..2; the last step adds none
     variance    sigma_t^2, see p_step
     clip        clamp x0_hat to [-1, 1] at every step
     trajectory  return all of x_T, ..., x_0 as (T+1, B, C, H, W) instead of x_0 (B, C, H, W)
@@ -282,7 +341,7 @@ def ddpm_sample(s, eps_model, noise, y=None, variance="beta", clip=True, traject
 
 
 def ddim_timesteps(T, steps):
-    """The steps visited, T first and 0 last: (1000, 50) -> [1000, 980, ..., 20, 0], steps + 1 numbers."""
+    """The steps + 1 steps visited, T first and 0 last: (1000, 50) -> [1000, 980, ..., 20, 0]."""
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be between 1 and T = {T}, got {steps}")
     return torch.linspace(T, 0, steps + 1, dtype=torch.float64).round().long().tolist()
@@ -291,16 +350,18 @@ def ddim_timesteps(T, steps):
 def ddim_step(s, xt, eps, t, t_prev, eta=0.0, noise=None):
     r"""One DDIM update x_t -> x_{t_prev}, Eq. (12) of [18], used with 50 steps in §3.2.
 
-        x0_hat = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)                                  "predicted x_0"
-        sigma  = eta sqrt((1 - abar_prev) / (1 - abar_t)) sqrt(1 - abar_t / abar_prev)        Eq. (16) of [18]
+        x0_hat = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)
+        sigma  = eta sqrt((1 - abar_prev) / (1 - abar_t)) sqrt(1 - abar_t / abar_prev)
         x_prev = sqrt(abar_prev) x0_hat + sqrt(1 - abar_prev - sigma^2) eps + sigma noise
 
-    [18] writes alpha for what the report calls abar.
+    x0_hat is the "predicted x_0" of [18], sigma its Eq. (16). [18] writes alpha for what the report
+    calls abar.
 
     xt, eps  (B, C, H, W)  the image at step t, and eps_theta(x_t, t), already evaluated
     t        int, 1..T     the step xt is at
     t_prev   int, 0..t-1   the step to land on; 0 returns x0_hat itself, because abar_0 = 1
-    eta      0..1          0: a function of x_T alone. 1 and t_prev = t - 1: Eq. (4), the DDPM of sigma^2 = beta~
+    eta      0..1          0: a function of x_T alone
+                           1 and t_prev = t - 1: Eq. (4), the DDPM of sigma^2 = beta~
     noise    like xt       needed only where eta > 0
 
     Clipping x0_hat is the sampler's business, not this equation's.
@@ -308,19 +369,23 @@ def ddim_step(s, xt, eps, t, t_prev, eta=0.0, noise=None):
     abar, abar_prev = s.abar[t], s.abar[t_prev]
     sigma = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
     x0_hat = predict_x0(s, xt, t, eps)
-    x_prev = float(abar_prev.sqrt()) * x0_hat + float((1 - abar_prev - sigma**2).clamp(min=0).sqrt()) * eps
+    eps_weight = (1 - abar_prev - sigma**2).clamp(min=0).sqrt()
+    x_prev = float(abar_prev.sqrt()) * x0_hat + float(eps_weight) * eps
     return x_prev if eta == 0 else x_prev + float(sigma) * noise
 
 
 @torch.no_grad()
-def ddim_sample(s, eps_model, noise, y=None, steps=50, eta=0.0, clip=True, trajectory=False, start=None):
+def ddim_sample(
+    s, eps_model, noise, y=None, steps=50, eta=0.0, clip=True, trajectory=False, start=None
+):
     r"""DDIM sampling [18] of §3.2: `steps` passes of the network, any number from 1 to T.
 
-    noise       callable, noise() -> (B, C, H, W): x_T, then fresh noise for every step where eta > 0
+    noise       callable, noise() -> (B, C, H, W): x_T, then fresh noise for each step where eta > 0
     start       1..T: begin there, noise() being x_start first; None: at T
     eta         0..1, see ddim_step
     clip        clamp x0_hat to [-1, 1] at every step, and let eps follow it
-    trajectory  return x at every visited step, x_T first, as (steps+1, B, C, H, W) instead of x_0 (B, C, H, W)
+    trajectory  return x at every visited step, x_T first, as (steps+1, B, C, H, W)
+                instead of x_0 (B, C, H, W)
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}")

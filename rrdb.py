@@ -1,12 +1,12 @@
-r"""The condition embedder of §4.2: a Residual in Residual Dense Block, image 64x64x1 -> features 64x64x16.
+r"""The condition embedder of §4.2, a Residual in Residual Dense Block: 64x64x1 -> 64x64x16.
 
 report            here                 shape
 y (the X-ray)     y                    (B, 1, H, W) in [-1, 1]
 RDB, RRDB         RDB, RRDB            (B, F, H, W) -> (B, F, H, W), F features
 embedding         ConditionEmbedder    (B, 1, H, W) -> (B, 16, H, W)
 
-The report gives the blocks in words and no widths; F = 16 is its output, the growth (channels that each inner
-convolution adds) is the 32 of SegDiff [1].
+The report gives the blocks in words and no widths. F = 16 is its output; the growth (channels that
+each inner convolution adds) is the 32 of SegDiff [1].
 """
 
 import torch
@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 
 class RDB(nn.Module):
-    """Residual Dense Block: 5 convolutions, each fed with the input and all outputs before it; a LeakyReLU after each; + input.
+    """Residual Dense Block: 5 convolutions, a LeakyReLU after each; + input.
+
+    Each convolution is fed with the input and all outputs before it.
 
     features  channels of the input and of the output
     growth    channels of each of the first four convolutions
@@ -25,8 +27,9 @@ class RDB(nn.Module):
     def __init__(self, features=16, growth=32, segdiff=False):
         super().__init__()
         self.segdiff = segdiff
-        widths = [growth] * 4 + [features]
-        self.convs = nn.ModuleList(nn.Conv2d(features + i * growth, width, 3, padding=1) for i, width in enumerate(widths))
+        self.convs = nn.ModuleList()
+        for i, width in enumerate([growth] * 4 + [features]):
+            self.convs.append(nn.Conv2d(features + i * growth, width, 3, padding=1))
 
     def forward(self, x):
         outputs = [x]
@@ -37,7 +40,10 @@ class RDB(nn.Module):
 
 
 class RRDB(nn.Module):
-    """Residual in Residual Dense Block: three RDBs in a row, + input. segdiff: 0.2 times what they answer [1]."""
+    """Residual in Residual Dense Block: three RDBs in a row, + input.
+
+    segdiff  as in [1]: 0.2 times what they answer
+    """
 
     def __init__(self, features=16, growth=32, segdiff=False):
         super().__init__()
@@ -49,9 +55,13 @@ class RRDB(nn.Module):
 
 
 class ConditionEmbedder(nn.Module):
-    """The X-ray as the U-Net takes it in, §4.2: one convolution to 16 channels, then RRDBs (the report's one).
+    """The X-ray as the U-Net takes it in, §4.2: one convolution to 16 channels, then RRDBs.
 
-    channels  of the X-ray; features of the embedding; growth inside an RDB; blocks: how many RRDBs; segdiff: with the scaling of [1]
+    channels  of the X-ray
+    features  channels of the embedding
+    growth    inside an RDB
+    blocks    number of RRDBs; the report has one
+    segdiff   with the scaling of [1]
     """
 
     def __init__(self, channels=1, features=16, growth=32, blocks=1, segdiff=False):

@@ -259,12 +259,7 @@ def score_matching(process, T, model, x0, y, t, eps, target):
     a, std = per_image(a, x0), per_image(std, x0)
     xt = a * x0 + std * eps
     answer = model(xt, t.to(xt.device), y).to(x0.dtype)
-    eps_hat = answer
-    if target == "x0":
-        eps_hat = (xt - a * answer) / std
-    if target == "v":
-        eps_hat = a * answer + std * xt
-    return (eps_hat - eps).square().mean()
+    return (diffusion.eps_from(target, answer, xt, a, std) - eps).square().mean()
 
 
 def per_image(numbers, x):

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import baselines
+import config
+import evaluate
 import train
 
 CPU = torch.device("cpu")
-NETWORKS = {"unet": lambda: baselines.UNet2015(4), "res50attunet": lambda: baselines.Res50AttUNet(4)}
 
 
 @pytest.fixture(autouse=True)
@@ -19,12 +20,13 @@ def fresh_seed():
     torch.manual_seed(0)
 
 
-def parameters(*modules):
-    return sum(p.numel() for m in modules for p in m.parameters())
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
 
 
-def of_norms(*modules):
-    return sum(parameters(m) for module in modules for m in module.modules() if isinstance(m, nn.GroupNorm))
+def of_norms(net):
+    """How many parameters the norms of a network have."""
+    return sum(parameters(m) for m in net.modules() if isinstance(m, nn.GroupNorm))
 
 
 def without_norms(net):
@@ -40,11 +42,22 @@ def seen(net, side=64):
     """How many pixels to each side of the middle one the answer there depends on."""
     y = torch.randn(1, 1, side, side, requires_grad=True)
     net(y)[0, 0, side // 2, side // 2].backward()
-    rows, columns = torch.nonzero(y.grad[0, 0], as_tuple=True)
-    return max(int((places - side // 2).abs().max()) for places in (rows, columns))
+    return int((torch.nonzero(y.grad[0, 0]) - side // 2).abs().max())
 
 
-# ------------------------------------------------------------------------------------- the networks
+def shapes_of_answers(blocks):
+    """A list that grows by (C, H, W) whenever one of the blocks answers."""
+    shapes = []
+    for block in blocks:
+        block.register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape[1:])))
+    return shapes
+
+
+def config_of(words):
+    return config.configure(config.parse(words.split()), CPU)
+
+
+# ---------------------------------------- the networks
 
 
 def test_sec44_the_unet_has_the_published_number_of_parameters():
@@ -55,51 +68,55 @@ def test_sec44_the_unet_has_the_published_number_of_parameters():
 
 
 def test_sec45_the_encoder_is_resnet50():
-    """25,557,032 published parameters, less the classifier's 2,049,000 and two of the stem's three input channels.
+    """25,557,032 published parameters, less the classifier's 2,049,000 and two input channels.
 
-    ResNet's convolutions have no biases (BatchNorm follows); ours are not counted. GroupNorm has BatchNorm's parameters.
+    ResNet's convolutions have no biases (BatchNorm follows); ours are not counted. GroupNorm has
+    BatchNorm's parameters.
     """
     with torch.device("meta"):
         net = baselines.Res50AttUNet()
     encoder = nn.ModuleList([net.stem, net.stages])
     biases = sum(m.bias.numel() for m in encoder.modules() if isinstance(m, nn.Conv2d))
     assert parameters(encoder) - biases == 25_557_032 - 2_049_000 - 2 * 64 * 7 * 7
-    sizes, y = [], torch.zeros(1, 1, 64, 64)
     net = baselines.Res50AttUNet(8)
-    for block in (net.stem, *net.stages):
-        block.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape[1:])))
-    net(y)
+    sizes = shapes_of_answers([net.stem, *net.stages])
+    net(torch.zeros(1, 1, 64, 64))
     assert sizes == [(8, 32, 32), (32, 16, 16), (64, 8, 8), (128, 4, 4), (256, 2, 2)]
 
 
 def test_sec44_the_unets_levels_are_those_of_its_figure():
     """64x64 down to 4x4 with doubling channels and up again, each way two convolutions a level."""
-    sizes, net = [], baselines.UNet2015(4)
-    for block in (*net.down, *net.merge):
-        block.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape[1:])))
+    net = baselines.UNet2015(4)
+    sizes = shapes_of_answers([*net.down, *net.merge])
     assert net(torch.zeros(2, 1, 64, 64)).shape == (2, 1, 64, 64)
     assert sizes == [(4 * 2**i, 64 >> i, 64 >> i) for i in (0, 1, 2, 3, 4, 3, 2, 1, 0)]
 
 
 def test_sec44_a_skip_carries_each_level_of_the_unet_around_what_lies_below():
-    """With one up-convolution silenced, a pixel sees only what the levels above it see: 2 pixels a convolution and level, both ways."""
+    """With one up-convolution silenced, a pixel sees only what the levels above it see.
+
+    That is 2 pixels a convolution and level, both ways.
+    """
     net, reach = without_norms(baselines.UNet2015(4)), []
     for up in reversed(net.up):
-        kept = {name: p.clone() for name, p in up.state_dict().items()}
+        weights = {name: p.clone() for name, p in up.state_dict().items()}
         for p in up.parameters():
             nn.init.zeros_(p)
         reach.append(seen(net))
-        up.load_state_dict(kept)
+        up.load_state_dict(weights)
     assert reach[0] == 4 and reach == sorted(reach)
     assert reach[1] in range(10, 16) and reach[2] > 20 and seen(net) > 31
 
 
 def test_sec45_an_attention_gate_is_its_formula_and_can_shut_a_skip_out():
-    skip, gate, net = torch.randn(2, 6, 5, 5), torch.randn(2, 3, 5, 5), baselines.AttentionGate(6, 3)
-    weights = [layer.weight[:, :, 0, 0] for layer in (net.W_x, net.W_g, net.psi)]
-    at = lambda x, w: torch.einsum("bchw,dc->bdhw", x, w)
-    inner = torch.relu(at(skip, weights[0]) + at(gate, weights[1]) + net.W_g.bias[:, None, None])
-    factor = torch.sigmoid(at(inner, weights[2]) + net.psi.bias[:, None, None])
+    skip, gate = torch.randn(2, 6, 5, 5), torch.randn(2, 3, 5, 5)
+    net = baselines.AttentionGate(6, 3)
+
+    def by_pixel(layer, x):
+        return torch.einsum("dc,bchw->bdhw", layer.weight[:, :, 0, 0], x)
+
+    inner = by_pixel(net.W_x, skip) + by_pixel(net.W_g, gate) + net.W_g.bias[:, None, None]
+    factor = torch.sigmoid(by_pixel(net.psi, inner.relu()) + net.psi.bias[:, None, None])
     torch.testing.assert_close(net(skip, gate), skip * factor)
 
     unet, y = baselines.Res50AttUNet(4), torch.randn(1, 1, 64, 64)
@@ -108,9 +125,10 @@ def test_sec45_an_attention_gate_is_its_formula_and_can_shut_a_skip_out():
         nn.init.constant_(gate.psi.bias, -1e4)
     shut = unet(y)
     for gate in unet.gates:
-        gate.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+        gate.register_forward_hook(lambda m, args, out: torch.zeros_like(out))
     assert torch.equal(unet(y), shut) and not torch.equal(open_, shut)
-    assert not torch.allclose(unet(torch.randn(1, 1, 64, 64)), shut), "what lies below reaches the answer on its own"
+    other = unet(torch.randn(1, 1, 64, 64))
+    assert not torch.allclose(other, shut), "what lies below reaches the answer on its own"
 
 
 def test_sec45_a_bottleneck_is_three_convolutions_beside_a_shortcut():
@@ -124,10 +142,10 @@ def test_sec45_a_bottleneck_is_three_convolutions_beside_a_shortcut():
     assert [m.kernel_size[0] for m in smaller.modules() if isinstance(m, nn.Conv2d)] == [1, 3, 1, 1]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", baselines.U_NETS)
 def test_each_image_is_answered_alone_and_every_parameter_learns(name):
     """The answer does not depend on the batch, as it would with BatchNorm."""
-    net, y = NETWORKS[name](), torch.randn(3, 1, 64, 64)
+    net, y = baselines.U_NETS[name](4), torch.randn(3, 1, 64, 64)
     for p in net.parameters():
         p.data += 0.1 * torch.randn_like(p)  # where a fresh one answers nothing at all
     answer = net(y)
@@ -138,10 +156,12 @@ def test_each_image_is_answered_alone_and_every_parameter_learns(name):
 
 def test_the_reports_network_in_one_pass_is_the_diffusion_network_at_x_T_of_zeros():
     """The same initial weights, bit for bit; x_t = 0 and t = T whatever the X-ray."""
-    words = "--task lung --preset small --channels 4 --image-size 16 --precision fp32 --cond add"
-    cfg = train.configure(train.parse(words.split()), CPU)
-    diffusion, one_pass = (train.build_model(dataclasses.replace(cfg, model=model)) for model in ("diffusion", "report-unet"))
-    assert all(torch.equal(a, b) for a, b in zip(diffusion.parameters(), one_pass.parameters(), strict=True))
+    words = "--task lung --cond add --size small --recipe best --image-size 16 --precision fp32"
+    cfg = config_of(f"{words} --set channels=4")
+    diffusion = config.build_model(dataclasses.replace(cfg, model="diffusion"))
+    one_pass = config.build_model(dataclasses.replace(cfg, model="report-unet"))
+    for a, b in zip(diffusion.parameters(), one_pass.parameters(), strict=True):
+        assert torch.equal(a, b)
     for p in diffusion.parameters():
         p.data.normal_(0, 0.1)
     y, zeros = torch.randn(2, 1, 16, 16), torch.zeros(2, 1, 16, 16)
@@ -151,30 +171,40 @@ def test_the_reports_network_in_one_pass_is_the_diffusion_network_at_x_T_of_zero
     assert not torch.allclose(found, diffusion(zeros, torch.tensor([1, 1]), y))
 
 
-# ------------------------------------------------------------------------------------- the loss
+# ---------------------------------------- the loss
 
 
 def test_the_loss_is_minus_the_log_probability_of_the_mask():
-    """log 2 for an undecided network; by hand for a decided one, whatever the precision of its logits."""
+    """log 2 for an undecided network; by hand for a decided one, in any precision of its logits."""
     x0 = torch.tensor([1.0, -1.0, 1.0, -1.0]).view(1, 1, 2, 2)
     assert float(baselines.l_supervised(torch.zeros_like(x0), x0)) == pytest.approx(math.log(2))
     p = torch.tensor([0.9, 0.2, 0.6, 0.5]).view(1, 1, 2, 2)
     expected = -(math.log(0.9) + math.log(0.8) + math.log(0.6) + math.log(0.5)) / 4
     assert float(baselines.l_supervised(p.logit(), x0)) == pytest.approx(expected)
     logits, x0 = torch.randn(4, 1, 16, 16).bfloat16(), torch.randn(4, 1, 16, 16).sign()
-    assert float(baselines.l_supervised(logits, x0)) == float(baselines.l_supervised(logits.float(), x0))
+    in_float32 = float(baselines.l_supervised(logits.float(), x0))
+    assert float(baselines.l_supervised(logits, x0)) == in_float32
 
 
 @pytest.mark.parametrize("model", ["unet", "res50attunet", "report-unet"])
 def test_each_learns_which_pixels_are_bright(model):
-    """80 steps of train.py's own on images of two smooth patterns: 0.9 DICE on images it has not seen."""
-    words = f"--task lung --preset small --model {model} --channels 8 --image-size 32 --batch-size 8 --steps 80 --warmup 5 --ema 0.5"
-    cfg = train.configure(train.parse([*words.split(), "--precision", "fp32"]), CPU)
-    smooth = lambda n: nn.functional.interpolate(torch.randn(n, 1, 4, 4), size=(32, 32), mode="bicubic")
-    images = lambda x: (x.clamp(-2, 2) * 60 + 128).byte()
+    """80 of train.py's own steps on images of smooth patterns: 0.9 DICE on unseen images."""
+    words = f"--task lung --model {model} --size small --recipe best --image-size 32 --batch-size 8"
+    cfg = config_of(f"{words} --steps 80 --precision fp32 --set channels=8 warmup=5 ema=0.5")
     trainer, x = train.Trainer(cfg, CPU), smooth(32)
     for _ in range(cfg.steps):
-        trainer.train_step(images(x), 255 * (x > 0.2).byte())
+        trainer.train_step(pixels(x), 255 * (x > 0.2).byte())
     unseen = smooth(8)
-    found, true = train.sample_masks(trainer.ema, cfg, images(unseen) / 127.5 - 1, range(8))[:, 0] > 0, unseen > 0.2
+    y = pixels(unseen) / 127.5 - 1
+    found, true = evaluate.sample_masks(trainer.ema, cfg, y, range(8))[:, 0] > 0, unseen > 0.2
     assert 2 * float((found & true).sum()) / float(found.sum() + true.sum()) > 0.9
+
+
+def smooth(n):
+    """n smooth patterns, (n, 1, 32, 32)."""
+    return nn.functional.interpolate(torch.randn(n, 1, 4, 4), size=(32, 32), mode="bicubic")
+
+
+def pixels(x):
+    """Patterns as uint8 images."""
+    return (x.clamp(-2, 2) * 60 + 128).byte()

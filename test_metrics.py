@@ -1,5 +1,6 @@
 """§4.3's eight numbers against scikit-learn, the report's own tables and exact integers."""
 
+import functools
 import statistics
 from fractions import Fraction
 
@@ -9,14 +10,23 @@ import torch
 from scipy.linalg import sqrtm
 from sklearn import metrics as sk
 
-from metrics import NAMES, Counts, auroc, confusion, frechet_distance, image_features, per_image, scores
+from metrics import (
+    NAMES,
+    Counts,
+    auroc,
+    confusion,
+    frechet_distance,
+    image_features,
+    per_image,
+    scores,
+)
 
 ORACLE = {
     "DICE index": sk.f1_score,
     "Jaccard index": sk.jaccard_score,
     "Accuracy": sk.accuracy_score,
     "Sensitivity": sk.recall_score,
-    "Specificity": lambda true, predicted: sk.recall_score(true, predicted, pos_label=0),
+    "Specificity": functools.partial(sk.recall_score, pos_label=0),
     "Balanced Accuracy": sk.balanced_accuracy_score,
     "Precision": sk.precision_score,
     "MCC": sk.matthews_corrcoef,
@@ -31,7 +41,7 @@ def masks(n=7, seed=0, share=0.3):
     return np.where(rng.random(true.shape) < 0.8, true, -true), true
 
 
-# ------------------------------------------------------------------------------------- the eight numbers
+# ---------------------------------------- the eight numbers
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -40,16 +50,17 @@ def test_sec43_the_eight_numbers_are_scikit_learns(seed, share):
     """All eight on random masks, to 1e-12, pooled and image by image."""
     predicted, true = masks(seed=seed, share=share)
     pooled, single = scores(confusion(predicted, true).pooled()), scores(confusion(predicted, true))
+    predicted, true = predicted > 0, true > 0
     assert tuple(pooled) == NAMES == tuple(ORACLE)
     for name, oracle in ORACLE.items():
-        assert pooled[name] == pytest.approx(oracle((true > 0).ravel(), (predicted > 0).ravel()), abs=1e-12)
-        for value, p, t in zip(single[name], predicted > 0, true > 0):
+        assert pooled[name] == pytest.approx(oracle(true.ravel(), predicted.ravel()), abs=1e-12)
+        for value, p, t in zip(single[name], predicted, true):
             if p.any() and t.any():  # scikit-learn's 0/0 is 0 or 1
                 assert value == pytest.approx(oracle(t.ravel(), p.ravel()), abs=1e-12)
 
 
 def test_sec43_counts_of_a_mask_counted_by_hand():
-    """Found where not true is FP, true and not found is FN; the numbers of 3, 1, 2, 10 as fractions."""
+    """Found, not true is FP; true, not found is FN; the numbers of 3, 1, 2, 10 as fractions."""
     true = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]])
     predicted = torch.tensor([[1, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]])
     assert confusion(predicted, true).pooled() == HAND
@@ -59,9 +70,13 @@ def test_sec43_counts_of_a_mask_counted_by_hand():
 
 
 def test_sec43_jaccard_is_dice_over_two_minus_dice():
-    """J = D / (2 - D) to the last digits for pooled counts; the report's averaged ratios miss it by up to 0.0008."""
+    """J = D / (2 - D) to the last digits for pooled counts.
+
+    The report's averaged ratios miss it by up to 0.0008.
+    """
     got = scores(confusion(*masks(200)))
-    np.testing.assert_allclose(got["Jaccard index"], got["DICE index"] / (2 - got["DICE index"]), rtol=1e-14)
+    D = got["DICE index"]
+    np.testing.assert_allclose(got["Jaccard index"], D / (2 - D), rtol=1e-14)
     for dice, jaccard in ((0.9529, 0.9101), (0.9541, 0.9123), (0.6755, 0.5105), (0.4708, 0.3087)):
         assert 0.00003 < jaccard - dice / (2 - dice) < 0.001
 
@@ -69,21 +84,23 @@ def test_sec43_jaccard_is_dice_over_two_minus_dice():
 def test_sec43_a_mask_against_itself_scores_1():
     """scores(truth, truth) = 1, all eight; against its opposite 0, and MCC -1."""
     _, true = masks()
-    assert list(scores(confusion(true, true).pooled()).values()) == pytest.approx([1] * 8, abs=1e-15)
-    assert list(scores(confusion(-true, true).pooled()).values()) == pytest.approx([0] * 7 + [-1], abs=1e-15)
+    same, opposite = scores(confusion(true, true).pooled()), scores(confusion(-true, true).pooled())
+    assert list(same.values()) == pytest.approx([1] * 8, abs=1e-15)
+    assert list(opposite.values()) == pytest.approx([0] * 7 + [-1], abs=1e-15)
 
 
 def test_sec43_pooling_batches_is_the_same_as_one_batch():
     """Counts add: image by image within a batch, batch by batch, in any grouping."""
     predicted, true = masks(12)
+    whole = confusion(predicted, true).pooled()
     batches = [confusion(predicted[i : i + 4], true[i : i + 4]) for i in (0, 4, 8)]
-    assert sum(map(Counts.pooled, batches), Counts(0, 0, 0, 0)) == confusion(predicted, true).pooled()
-    assert (batches[0] + batches[1] + batches[2]).pooled() == confusion(predicted, true).pooled()
-    assert confusion(predicted[None], true[None]).pooled() == confusion(predicted, true).pooled()
+    assert sum(map(Counts.pooled, batches), Counts(0, 0, 0, 0)) == whole
+    assert (batches[0] + batches[1] + batches[2]).pooled() == whole
+    assert confusion(predicted[None], true[None]).pooled() == whole
 
 
 UNDEFINED = {
-    Counts(0, 0, 0, 10): {"DICE index", "Jaccard index", "Sensitivity", "Balanced Accuracy", "Precision", "MCC"},
+    Counts(0, 0, 0, 10): set(NAMES) - {"Accuracy", "Specificity"},
     Counts(10, 0, 0, 0): {"Specificity", "Balanced Accuracy", "MCC"},
     Counts(0, 3, 0, 7): {"Sensitivity", "Balanced Accuracy", "MCC"},
     Counts(0, 0, 3, 7): {"Precision", "MCC"},
@@ -94,7 +111,7 @@ UNDEFINED = {
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("counts", UNDEFINED)
 def test_sec43_no_positive_pixel_anywhere_is_undefined_not_zero(counts):
-    """0/0 is nan, no more and no less of them, without a warning; the same for numbers and for arrays of images."""
+    """0/0 is nan, and nothing else is, without a warning; the same for numbers and for arrays."""
     nan = {name for name, value in scores(counts).items() if np.isnan(value)}
     assert nan == UNDEFINED[counts]
     both = scores(Counts(*(np.array([a, b]) for a, b in zip(counts, HAND))))
@@ -104,7 +121,7 @@ def test_sec43_no_positive_pixel_anywhere_is_undefined_not_zero(counts):
 
 @pytest.mark.parametrize("pixels", [33_920 * 64 * 64, 10**12, 4 * 10**15])
 def test_sec43_counts_of_a_whole_data_set_do_not_overflow(pixels):
-    """All of COVID-QU-Ex at 64x64, and far beyond int64 in MCC's product of four: against exact integers."""
+    """All of COVID-QU-Ex at 64x64, and far beyond int64 in MCC's product, by exact integers."""
     TP, FP, FN = pixels // 5, pixels // 30, pixels // 40
     TN = pixels - TP - FP - FN
     got = scores(Counts(*np.array([TP, FP, FN, TN], dtype=np.int64)))
@@ -145,12 +162,16 @@ def test_sec43_bool_numpy_and_torch_masks_count_alike():
 
 def test_sec43_masks_of_different_shapes_are_refused_in_words():
     """Broadcasting would count something: (4, 1, 8, 8) against (1, 1, 8, 8) fits."""
-    with pytest.raises(ValueError, match=r"must have one shape, got \(4, 1, 8, 8\) and \(1, 1, 8, 8\)"):
+    refusal = r"must have one shape, got \(4, 1, 8, 8\) and \(1, 1, 8, 8\)"
+    with pytest.raises(ValueError, match=refusal):
         confusion(np.zeros((4, 1, 8, 8)), np.zeros((1, 1, 8, 8)))
 
 
 def test_sec43_mean_and_spread_over_images_leave_out_the_undefined():
-    """Mean and sample standard deviation by the statistics module, over the images with a value, and their number."""
+    """Mean and sample standard deviation over the images with a value, and their number.
+
+    The oracle is the statistics module.
+    """
     predicted, true = masks(6)
     predicted[2], true[2] = -1, -1  # no positive pixel, found or true
     counts = confusion(predicted, true)
@@ -162,10 +183,11 @@ def test_sec43_mean_and_spread_over_images_leave_out_the_undefined():
     assert (summary["DICE index"][2], summary["Accuracy"][2]) == (5, 6)
     mean, spread, n = per_image(confusion(predicted[2:4], true[2:4]))["DICE index"]
     assert n == 1 and mean == values["DICE index"][3] and np.isnan(spread)
-    assert np.isnan(per_image(confusion(predicted[[2]], true[[2]]))["DICE index"][:2]).all()
+    nothing = per_image(confusion(predicted[[2]], true[[2]]))
+    assert np.isnan(nothing["DICE index"][:2]).all()
 
 
-# ------------------------------------------------------------------------------------- the report's own tables
+# ---------------------------------------- the report's own tables
 
 TABLES = {  # Tables 1 and 2, in NAMES' order
     "lung, addition": (0.9529, 0.9101, 0.9792, 0.9455, 0.9888, 0.9672, 0.9604, 0.9396),
@@ -176,7 +198,10 @@ TABLES = {  # Tables 1 and 2, in NAMES' order
 
 
 def from_table(column):
-    """The confusion matrix a column implies: Accuracy = p Se + (1 - p) Sp gives the share p of positive pixels."""
+    """The share p of positive pixels and the confusion matrix that a column implies.
+
+    p follows from Accuracy = p Se + (1 - p) Sp.
+    """
     _, _, accuracy, Se, Sp, *_ = TABLES[column]
     p = (Sp - accuracy) / (Sp - Se)
     return p, Counts(p * Se, (1 - p) * (1 - Sp), p * (1 - Se), (1 - p) * Sp)
@@ -184,7 +209,10 @@ def from_table(column):
 
 @pytest.mark.parametrize("column", TABLES)
 def test_tables_1_and_2_agree_with_their_own_sensitivity_specificity_and_accuracy(column):
-    """Three printed numbers fix the matrix; the other five follow within the 0.005 that averaging batches costs."""
+    """Three printed numbers fix the matrix; the other five follow within 0.005.
+
+    That is what averaging over batches costs.
+    """
     got = scores(from_table(column)[1])
     for name, printed in zip(NAMES, TABLES[column]):
         if (column, name) != ("lung, concatenation", "Balanced Accuracy"):
@@ -194,17 +222,18 @@ def test_tables_1_and_2_agree_with_their_own_sensitivity_specificity_and_accurac
 def test_table1_concat_balanced_accuracy_is_a_misprint_in_the_report():
     """(Se + Sp) / 2 = 0.9690; what is printed, 0.9793, is the Accuracy two rows above."""
     printed = dict(zip(NAMES, TABLES["lung, concatenation"]))
-    assert scores(from_table("lung, concatenation")[1])["Balanced Accuracy"] == pytest.approx(0.9690, abs=1e-12)
+    implied = scores(from_table("lung, concatenation")[1])
+    assert implied["Balanced Accuracy"] == pytest.approx(0.9690, abs=1e-12)
     assert printed["Balanced Accuracy"] == printed["Accuracy"] == 0.9793
 
 
 def test_tables_1_and_2_imply_how_many_pixels_are_positive():
-    """About 0.22 of a lung image and, in both columns, 0.13 of an infection image: COVID-19 images alone."""
+    """About 0.22 of a lung image, and 0.13 of an infection image: COVID-19 images alone."""
     shares = [from_table(column)[0] for column in TABLES]
     assert shares == pytest.approx([0.223, 0.227, 0.127, 0.127], abs=0.002)
 
 
-# ------------------------------------------------------------------------------------- synthesis
+# ---------------------------------------- synthesis
 
 
 def whitened(n, d, seed=0):
@@ -215,7 +244,7 @@ def whitened(n, d, seed=0):
 
 
 def test_fig3_frechet_distance_of_two_known_gaussians_on_common_axes():
-    """Covariances with common axes and standard deviations s_a, s_b: |m_a - m_b|^2 + |s_a - s_b|^2."""
+    """Covariances of common axes, standard deviations s_a, s_b: |m_a - m_b|^2 + |s_a - s_b|^2."""
     axes = np.linalg.qr(np.random.default_rng(1).standard_normal((4, 4)))[0]
     s_a, s_b = np.array([1.0, 2.0, 0.5, 3.0]), np.array([2.0, 0.1, 0.5, 5.0])
     a = whitened(50, 4) * s_a @ axes + 1
@@ -224,24 +253,29 @@ def test_fig3_frechet_distance_of_two_known_gaussians_on_common_axes():
 
 
 def test_fig3_frechet_distance_is_scipys_square_root_of_the_product():
-    """Covariances without common axes: the trace of sqrtm(C_a C_b), and the same either way round."""
+    """Covariances without common axes: the trace of sqrtm(C_a C_b); the same either way round."""
     rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((40, 5)) @ rng.standard_normal((5, 5)), rng.standard_normal((30, 5)) + 2
+    a = rng.standard_normal((40, 5)) @ rng.standard_normal((5, 5))
+    b = rng.standard_normal((30, 5)) + 2
     C_a, C_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    want = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(C_a + C_b - 2 * np.real(sqrtm(C_a @ C_b)))
+    root = np.real(sqrtm(C_a @ C_b))
+    want = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(C_a + C_b - 2 * root)
     assert frechet_distance(a, b) == pytest.approx(want, rel=1e-9)
     assert frechet_distance(b, a) == pytest.approx(want, rel=1e-9)
 
 
 def test_fig3_frechet_distance_to_itself_is_0():
-    """The same set in another order, with fewer images than features as well; a shifted set is as far as the shift."""
+    """The same set in another order, with fewer images than features too; a shift is its length."""
     a = np.random.default_rng(0).standard_normal((20, 30))
     assert frechet_distance(a, a[::-1]) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(a, a + 2) == pytest.approx(30 * 4, abs=1e-6)
 
 
 def test_fig3_image_features_are_mean_and_texture_of_each_cell_of_a_known_image():
-    """A 16x32 image built of 8x8 cells, each its own grey plus a checkerboard of its own height: both come back."""
+    """A 16x32 image of 8x8 cells, each its own grey plus a checkerboard of its own height.
+
+    Grey and height come back.
+    """
     grey, height = np.random.default_rng(0).random((2, 3, 8, 8))
     board = np.kron(np.ones((8, 8)), np.array([[1, -1, 1, -1], [-1, 1, -1, 1]]))
     image = np.kron(grey, np.ones((2, 4))) + np.kron(height, np.ones((2, 4))) * board
@@ -250,7 +284,7 @@ def test_fig3_image_features_are_mean_and_texture_of_each_cell_of_a_known_image(
     np.testing.assert_allclose(image_features(torch.from_numpy(image[:, None])), want, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------- AUROC
+# ---------------------------------------- AUROC
 
 
 def test_auroc_is_the_chance_that_a_positive_pixel_scores_higher():
@@ -260,12 +294,17 @@ def test_auroc_is_the_chance_that_a_positive_pixel_scores_higher():
     pairs = score[true][:, None] - score[~true]
     expected = ((pairs > 0).sum() + (pairs == 0).sum() / 2) / pairs.size
     assert auroc(score, true) == pytest.approx(expected, abs=1e-12) and abs(expected - 0.5) > 0.01
-    assert auroc(score, true) == pytest.approx(sk.roc_auc_score(true.ravel(), score.ravel()), abs=1e-12)
-    assert auroc(torch.from_numpy(score).float(), torch.from_numpy(true)) == pytest.approx(expected, abs=1e-12)
+    library = sk.roc_auc_score(true.ravel(), score.ravel())
+    assert auroc(score, true) == pytest.approx(library, abs=1e-12)
+    of_tensors = auroc(torch.from_numpy(score).float(), torch.from_numpy(true))
+    assert of_tensors == pytest.approx(expected, abs=1e-12)
 
 
 def test_auroc_of_the_truth_of_its_opposite_and_of_a_constant():
-    """1, 0 and 1/2; any increasing function leaves it; nan where one class is missing; a truth that is not bool is refused."""
+    """1, 0 and 1/2; any increasing function leaves it; nan where one class is missing.
+
+    A truth that is not bool is refused.
+    """
     true = np.array([True, False, True, False, False])
     score = np.array([0.9, 0.1, 0.8, 0.3, 0.2])
     assert (auroc(score, true), auroc(-score, true), auroc(0 * score, true)) == (1, 0, 0.5)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import diffusion
 import unet
 from rrdb import ConditionEmbedder
-from unet import ConditionalUNet, CrossAttention, LinearAttention, ResidualBlock, UNet, attend, timestep_embedding
+from unet import ConditionalUNet, CrossAttention, LinearAttention, ResidualBlock, UNet
 
 SMALL = dict(channels=24, channel_mult=(1, 2), attention_at=(8,), head_channels=24, image_size=16)
 CONDITIONINGS = [*unet.CONDITIONINGS, None]
@@ -28,7 +28,7 @@ def randn(*shape, seed=0, dtype=torch.float32):
 
 
 def awake(net, scale=0.1):
-    """The network with noise on all its parameters: nothing is 0 any more, zero-initialised layers included."""
+    """The network with noise on all its parameters: no layer is 0 any more."""
     generator = torch.Generator().manual_seed(0)
     for p in net.parameters():
         p.data += scale * torch.randn(p.shape, generator=generator, dtype=p.dtype)
@@ -41,12 +41,24 @@ def conditional(cond, **options):
 
 def batch(n=2, size=16):
     """x_t, t and y for n images."""
-    return randn(n, 1, size, size, seed=1), torch.arange(1, n + 1) * 300, randn(n, 1, size, size, seed=2).clamp(-1, 1)
+    xt, y = randn(n, 1, size, size, seed=1), randn(n, 1, size, size, seed=2)
+    return xt, torch.arange(1, n + 1) * 300, y.clamp(-1, 1)
 
 
 def report_size(in_channels):
     with torch.device("meta"):  # shapes without numbers
         return UNet(in_channels)
+
+
+def run_without_numbers(net, inputs):
+    """One pass at 64x64 of a network on the "meta" device: its hooks see the shapes."""
+    xt = torch.zeros(1, inputs, 64, 64, device="meta")
+    net(xt, torch.ones(1, dtype=torch.int64, device="meta"))
+
+
+def parameters_of(module):
+    """The number of parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def close(a, b, rel=1e-9, abs=1e-11):
@@ -58,25 +70,34 @@ def changed(a, b):
     return ((a - b).abs().max() / a.abs().max()).item()
 
 
-# ------------------------------------------------------------------------------------- the published network
+# ---------------------------------------- the published network
+
+PARAMETERS = [(1, 217_859_905), (16, 217_885_825), (17, 217_887_553)]
+MULTIPLY_ACCUMULATES = [(1, 85_688_549_376), (16, 85_794_717_696), (17, 85_801_795_584)]
 
 
-@pytest.mark.parametrize("inputs, parameters", [(1, 217_859_905), (16, 217_885_825), (17, 217_887_553)])
+@pytest.mark.parametrize("inputs, parameters", PARAMETERS)
 def test_sec32_report_size_has_the_published_number_of_parameters(inputs, parameters):
-    """The public code that the report builds on, at 64x64 with 1, 16 (addition) and 17 (concatenation) inputs."""
-    assert sum(p.numel() for p in report_size(inputs).parameters()) == parameters
+    """The public code that the report builds on, at 64x64.
+
+    Inputs are 1, 16 (addition) and 17 (concatenation).
+    """
+    assert parameters_of(report_size(inputs)) == parameters
 
 
 @pytest.mark.parametrize("inputs, parameters", [(1, 1_060_673), (16, 1_064_993), (17, 1_065_281)])
 def test_sec32_small_size_has_the_published_number_of_parameters(inputs, parameters):
-    """The same public code at 32 channels, multipliers 1, 2, 16x16 images, attention at 8x8, heads of 32."""
-    net = UNet(inputs, channels=32, channel_mult=(1, 2), attention_at=(8,), head_channels=32, image_size=16)
-    assert sum(p.numel() for p in net.parameters()) == parameters
+    """The same public code at 16x16: 2 levels, 32 channels, attention at 8x8, heads of 32."""
+    net = UNet(inputs, **SMALL | dict(channels=32, head_channels=32))
+    assert parameters_of(net) == parameters
 
 
-@pytest.mark.parametrize("inputs, macs", [(1, 85_688_549_376), (16, 85_794_717_696), (17, 85_801_795_584)])
+@pytest.mark.parametrize("inputs, macs", MULTIPLY_ACCUMULATES)
 def test_sec32_report_size_costs_the_published_multiply_accumulates(inputs, macs):
-    """Counted at the layers as they run: convolutions, linear layers, and the two products QK^T and (softmax)V."""
+    """Counted at the layers as they run.
+
+    They are convolutions, linear layers, and the two products QK^T and (softmax)V.
+    """
     net, count = report_size(inputs), []
 
     def hook(layer, args, out):
@@ -87,11 +108,11 @@ def test_sec32_report_size_costs_the_published_multiply_accumulates(inputs, macs
 
     for layer in net.modules():
         layer.register_forward_hook(hook)
-    net(torch.zeros(1, inputs, 64, 64, device="meta"), torch.ones(1, dtype=torch.int64, device="meta"))
+    run_without_numbers(net, inputs)
     assert sum(count) == macs
 
 
-# (channels in of each residual block, channels and side of what comes out, heads where there is attention)
+# Channels in of each residual block; channels and side of what comes out; heads of the attention
 ENCODER = [
     *[([192], 192, 64, None)] * 2, ([192], 192, 32, None),
     ([192], 384, 32, 6), ([384], 384, 32, 6), ([384], 384, 16, None),
@@ -108,7 +129,10 @@ DECODER = [
 
 
 def test_sec32_the_blocks_are_those_of_the_published_network_in_its_order():
-    """The block list of the public code: 28 residual blocks, 16 attentions, sizes measured as the network runs."""
+    """The block list of the public code: 28 residual blocks, 16 attentions.
+
+    Sizes are measured as the network runs.
+    """
     net, rows = report_size(1), []
 
     def hook(block, args, out):
@@ -120,12 +144,14 @@ def test_sec32_the_blocks_are_those_of_the_published_network_in_its_order():
     blocks = [m for m in net.modules() if isinstance(m, unet.Block)]
     for block in blocks:
         block.register_forward_hook(hook)
-    net(torch.zeros(1, 1, 64, 64, device="meta"), torch.ones(1, dtype=torch.int64, device="meta"))
+    run_without_numbers(net, 1)
     assert rows == ENCODER + MIDDLE + DECODER
     kinds = [type(layer) for block in blocks for layer in block]
     assert kinds.count(ResidualBlock) == 28 and kinds.count(LinearAttention) == 16
-    assert sum(isinstance(m.shortcut, nn.Conv2d) for m in net.modules() if isinstance(m, ResidualBlock)) == 15
-    assert {(m.num_groups, m.eps) for m in net.modules() if isinstance(m, nn.GroupNorm)} == {(32, 1e-5)}
+    shortcuts = [m.shortcut for m in net.modules() if isinstance(m, ResidualBlock)]
+    assert sum(isinstance(shortcut, nn.Conv2d) for shortcut in shortcuts) == 15
+    norms = [m for m in net.modules() if isinstance(m, nn.GroupNorm)]
+    assert {(m.num_groups, m.eps) for m in norms} == {(32, 1e-5)}
 
 
 @pytest.mark.parametrize("cond", CONDITIONINGS)
@@ -135,56 +161,71 @@ def test_eq7_an_untrained_network_answers_0_and_its_loss_is_1(cond):
     x0 = torch.zeros(64, 1, 16, 16)
     y = None if cond is None else randn(64, 1, 16, 16)
     assert not net(x0[:2] + 1, torch.tensor([1, 1000]), None if y is None else y[:2]).any()
+    s, eps = diffusion.linear_schedule(), randn(*x0.shape, seed=3)
     with torch.no_grad():
-        loss = diffusion.l_simple(diffusion.linear_schedule(), net, x0, y, eps=randn(*x0.shape, seed=3))
+        loss = diffusion.l_simple(s, net, x0, y, eps=eps)
     assert loss.item() == pytest.approx(1, abs=5 * (2 / x0.numel()) ** 0.5)
 
 
 def test_sec32_a_fresh_network_is_its_shortcuts():
-    """45 layers start at 0: the second convolution of 28 residual blocks, 16 attention projections, the head."""
+    """45 layers start at 0: the last of each of 28 residual blocks and 16 attentions, the head."""
     net = UNet(channels=16, channel_mult=(1, 2, 3, 4), head_channels=16)
     convolutions = [m for m in net.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d))]
     assert sum(not m.weight.any() and not m.bias.any() for m in convolutions) == 45
 
 
-# ------------------------------------------------------------------------------------- layers
+# ---------------------------------------- layers
 
 
 @pytest.mark.parametrize("dim", [2, 24, 192])
 def test_sec32_timestep_embedding_is_cos_and_sin_of_geometric_frequencies(dim):
-    """Real and imaginary part of exp(i t 10000^(-k / (dim/2))), from numpy's complex numbers; all 1000 steps differ."""
+    """Real and imaginary part of exp(i t 10000^(-k / (dim/2))), from numpy's complex numbers.
+
+    All 1000 steps differ. The angles reach 1000 in float32, hence the tolerance.
+    """
     t = torch.arange(1, 1001)
-    emb = timestep_embedding(t, dim)
+    emb = unet.timestep_embedding(t, dim)
     turn = np.exp(1j * t.numpy()[:, None] * 10_000.0 ** (-np.arange(dim // 2) / (dim // 2)))
-    assert np.allclose(emb.numpy(), np.concatenate([turn.real, turn.imag], 1), atol=5e-4)  # float32 of angles to 1000
+    assert np.allclose(emb.numpy(), np.concatenate([turn.real, turn.imag], 1), atol=5e-4)
     assert len(emb.unique(dim=0)) == 1000
 
 
 def test_sec32_attend_is_torchs_scaled_dot_product_attention():
-    """softmax(QK^T / sqrt(D)) V in float64, where queries and values have different numbers of positions."""
+    """softmax(QK^T / sqrt(D)) V in float64; queries and values differ in number of positions."""
     q, k, v = (randn(2, 3, n, 16, seed=n, dtype=torch.float64) for n in (20, 30, 30))
-    close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v), abs=1e-12)
+    close(unet.attend(q, k, v), F.scaled_dot_product_attention(q, k, v), abs=1e-12)
 
 
 def pieces_attended(q, k, v, D):
-    """§3.2 in numpy, position by position: channels cut into pieces of D, softmax(QK^T / sqrt(D)) V, outputs joined."""
+    """§3.2 in numpy, position by position: channels cut into pieces of D, outputs joined.
+
+    The formula of a piece is softmax(QK^T / sqrt(D)) V.
+    """
     q, k, v = (z.detach().numpy() for z in (q, k, v))  # (B, C, positions)
     out = np.zeros((q.shape[0], v.shape[1], q.shape[2]))
     for c in range(0, q.shape[1], D):
         piece = slice(c, c + D)
         weight = np.exp(np.einsum("bci,bcj->bij", q[:, piece], k[:, piece]) / D**0.5)
-        out[:, piece] = np.einsum("bij,bcj->bci", weight / weight.sum(2, keepdims=True), v[:, piece])
+        softmax = weight / weight.sum(2, keepdims=True)
+        out[:, piece] = np.einsum("bij,bcj->bci", softmax, v[:, piece])
     return torch.from_numpy(out)
+
+
+def convolved(layer, x):
+    """A one-dimensional convolution of kernel size 1, as a product of matrices."""
+    return torch.einsum("oc,bcn->bon", layer.weight[..., 0], x) + layer.bias[:, None]
 
 
 @pytest.mark.parametrize("D, H, W", [(4, 3, 5), (8, 3, 5), (24, 3, 5), (8, 9, 8)])
 def test_sec32_linear_attention_is_the_printed_formula(D, H, W):
-    """Norm, one-dimensional convolution to Q, K, V, pieces of D, the formula, out; + the input. For few positions and for many."""
+    """Norm, one-dimensional convolution to Q, K, V, pieces of D, the formula, out; + the input.
+
+    For few positions and for many.
+    """
     layer = awake(LinearAttention(24, D).double(), 0.5)
     x = randn(2, 24, H, W, dtype=torch.float64)
-    q, k, v = torch.einsum("oc,bcn->bon", layer.qkv.weight[..., 0], layer.norm(x).flatten(2)).add(
-        layer.qkv.bias[:, None]).split(24, 1)  # fmt: skip
-    out = torch.einsum("oc,bcn->bon", layer.out.weight[..., 0], pieces_attended(q, k, v, D)) + layer.out.bias[:, None]
+    q, k, v = convolved(layer.qkv, layer.norm(x).flatten(2)).split(24, 1)
+    out = convolved(layer.out, pieces_attended(q, k, v, D))
     close(layer(x), x + out.reshape(x.shape))
 
 
@@ -192,16 +233,23 @@ def test_sec32_linear_attention_does_not_know_where_positions_are():
     """Permuting the positions of a non-square image permutes the output and does nothing else."""
     layer, x = awake(LinearAttention(24, 8).double(), 0.5), randn(2, 24, 3, 5, dtype=torch.float64)
     order = torch.randperm(15, generator=torch.Generator().manual_seed(0))
-    shuffle = lambda z: z.flatten(2)[..., order].reshape(z.shape)
+
+    def shuffle(z):
+        return z.flatten(2)[..., order].reshape(z.shape)
+
     close(layer(shuffle(x)), shuffle(layer(x)))
     assert changed(layer(x), x) > 0.1
 
 
 @pytest.mark.parametrize("D", [8, 24])
 def test_sec4_cross_attention_is_the_formula_with_keys_and_values_of_the_condition(D):
-    """Queries of the image, keys and values of the tokens; queries and keys also see the position code."""
+    """Queries of the image, keys and values of the tokens.
+
+    Queries and keys also see the position code.
+    """
     layer = awake(CrossAttention(24, 10, D).double(), 0.3)
-    x, tokens = randn(2, 24, 3, 5, dtype=torch.float64), randn(2, 10, 4, 2, seed=1, dtype=torch.float64)
+    x = randn(2, 24, 3, 5, dtype=torch.float64)
+    tokens = randn(2, 10, 4, 2, seed=1, dtype=torch.float64)
     q = layer.q(torch.cat([layer.norm(x), unet.position_code(x)], 1).flatten(2))
     k = layer.k(torch.cat([tokens, unet.position_code(tokens)], 1).flatten(2))
     out = layer.out(pieces_attended(q, k, layer.v(tokens.flatten(2)), D))
@@ -209,40 +257,61 @@ def test_sec4_cross_attention_is_the_formula_with_keys_and_values_of_the_conditi
 
 
 def test_sec4_position_code_names_places_whatever_the_grid():
-    """Rows and columns told apart on 64x64; a pixel of a 3x3 grid has the code of the same place on a 9x15 grid."""
-    fine, coarse = unet.position_code(torch.zeros(1, 1, 9, 15)), unet.position_code(torch.zeros(2, 1, 3, 3))
+    """Rows and columns are told apart on 64x64.
+
+    A pixel of a 3x3 grid has the code of the same place on a 9x15 grid.
+    """
+    fine = unet.position_code(torch.zeros(1, 1, 9, 15))
+    coarse = unet.position_code(torch.zeros(2, 1, 3, 3))
     close(coarse[1], fine[0, :, 1::3, 2::5], abs=1e-4)
     codes = unet.position_code(torch.zeros(1, 1, 64, 64))[0].flatten(1)
-    assert torch.cdist(codes.T[::7], codes.T).sort(1).values[:, 1].min() > 0.05  # nearest other place
+    nearest_other_place = torch.cdist(codes.T[::7], codes.T).sort(1).values[:, 1]
+    assert nearest_other_place.min() > 0.05
+
+
+def silu(z):
+    return z * torch.sigmoid(z)
+
+
+def resampled(z, how):
+    """Down: means of 2x2 pixels. Up: each pixel four times."""
+    if how == "down":
+        return (z[..., ::2, ::2] + z[..., ::2, 1::2] + z[..., 1::2, ::2] + z[..., 1::2, 1::2]) / 4
+    if how == "up":
+        return z.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return z
 
 
 @pytest.mark.parametrize("resample", [None, "down", "up"])
 @pytest.mark.parametrize("c_out", [12, 24])
 def test_sec32_residual_block_is_its_list_of_layers(resample, c_out):
-    """Norm, SiLU, resample, convolution, + Linear(SiLU(emb)), norm, SiLU, convolution; + resampled, projected input."""
+    """Norm, SiLU, resample, convolution, + Linear(SiLU(emb)), norm, SiLU, convolution.
+
+    + resampled, projected input.
+    """
     block = awake(ResidualBlock(12, c_out, 5, resample).double(), 0.3)
     x, emb = randn(2, 12, 4, 6, dtype=torch.float64), randn(2, 5, dtype=torch.float64)
-    silu = lambda z: z * torch.sigmoid(z)
-    size = {  # means of 2x2 pixels; each pixel four times
-        None: lambda z: z,
-        "down": lambda z: (z[..., ::2, ::2] + z[..., ::2, 1::2] + z[..., 1::2, ::2] + z[..., 1::2, 1::2]) / 4,
-        "up": lambda z: z.repeat_interleave(2, 2).repeat_interleave(2, 3),
-    }[resample]
-    h = block.conv_1(size(silu(block.norm_1(x)))) + block.emb(silu(emb))[:, :, None, None]
-    shortcut = size(x) if c_out == 12 else torch.einsum("oc,bchw->bohw", block.shortcut.weight[:, :, 0, 0], size(x))
-    shortcut = shortcut if c_out == 12 else shortcut + block.shortcut.bias[:, None, None]
+    h = block.conv_1(resampled(silu(block.norm_1(x)), resample))
+    h = h + block.emb(silu(emb))[:, :, None, None]
+    shortcut = resampled(x, resample)
+    if c_out != 12:
+        weight, bias = block.shortcut.weight[:, :, 0, 0], block.shortcut.bias[:, None, None]
+        shortcut = torch.einsum("oc,bchw->bohw", weight, shortcut) + bias
     close(block(x, emb), shortcut + block.conv_2(silu(block.norm_2(h))))
 
 
 @pytest.mark.parametrize("channels", [16, 32, 48, 64, 192])
 def test_sec32_every_residual_block_hears_the_time(channels):
-    """Another time embedding changes the block's answer, at any width: a norm of one channel a group would erase it."""
+    """Another time embedding changes the block's answer, at any width.
+
+    A norm of one channel a group would erase it.
+    """
     block = awake(ResidualBlock(channels, channels, 8).double())
     x, emb = randn(1, channels, 4, 4, dtype=torch.float64), randn(2, 1, 8, dtype=torch.float64)
     assert changed(block(x, emb[0]), block(x, emb[1])) > 1e-3
 
 
-# ------------------------------------------------------------------------------------- the whole network
+# ---------------------------------------- the whole network
 
 
 @pytest.mark.parametrize("cond", CONDITIONINGS)
@@ -251,8 +320,8 @@ def test_sec32_every_parameter_receives_a_gradient(cond):
     net = conditional(cond)
     xt, t, y = batch()
     net(xt, t, y).square().sum().backward()
-    unused = [name for name, p in net.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-6]
-    assert unused == []
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() >= 1e-6, name
 
 
 @pytest.mark.parametrize("cond", CONDITIONINGS)
@@ -266,7 +335,10 @@ def test_sec32_a_batch_of_two_is_two_batches_of_one(cond):
 
 
 def test_sec32_the_answer_depends_on_image_and_time():
-    """Another t changes the answer; so does one pixel in a corner, at the opposite corner (attention joins them)."""
+    """Another t changes the answer; so does one pixel in a corner, at the opposite corner.
+
+    Attention joins them.
+    """
     net = awake(UNet(**SMALL))
     xt, t, _ = batch(1)
     spot = torch.zeros_like(xt)
@@ -278,7 +350,10 @@ def test_sec32_the_answer_depends_on_image_and_time():
 
 
 def test_sec32_each_decoder_block_takes_one_skip_last_in_first_out():
-    """What enters decoder block k is [the output before it, the output of encoder block -k], and each skip matters."""
+    """What enters decoder block k is [the output before it, the output of encoder block -k].
+
+    Each channel of each skip matters.
+    """
     net = awake(UNet(**SMALL))
     pushed, flow, taken = [], [], []
     for block in (net.stem, *net.encoder):
@@ -289,15 +364,15 @@ def test_sec32_each_decoder_block_takes_one_skip_last_in_first_out():
         block.register_forward_pre_hook(lambda m, a: taken.append(a[0]))
     xt, t, _ = batch()
     answer = net(xt, t)
-    assert len(pushed) == len(taken) == 6  # 2 levels: the stem, 2 blocks each, one down; 12 at the report's size
+    assert len(pushed) == len(taken) == 6  # of 2 levels: the stem, 2 blocks each, one down
     for h, skip, joined in zip(flow, reversed(pushed), taken):
         assert torch.equal(joined, torch.cat([h, skip], 1))
     for skip, gradient in zip(reversed(pushed), torch.autograd.grad(answer.square().sum(), taken)):
-        assert gradient[:, -skip.shape[1] :].abs().amax((0, 2, 3)).min() > 1e-6  # every channel of it
+        assert gradient[:, -skip.shape[1] :].abs().amax((0, 2, 3)).min() > 1e-6
 
 
 def test_sec32_float64_and_float32_agree():
-    """The network in double precision gives the single-precision answer: nothing is rounded or fixed on the way."""
+    """The network in double precision gives the single-precision answer: nothing is rounded."""
     net = awake(UNet(**SMALL))
     xt, t, _ = batch()
     with torch.no_grad():
@@ -306,7 +381,7 @@ def test_sec32_float64_and_float32_agree():
 
 
 def test_sec32_any_image_size_the_levels_divide():
-    """A 12x20 image mirrored along its diagonal, with kernels mirrored likewise, gives the mirrored answer."""
+    """A 12x20 image mirrored along its diagonal gives the mirrored answer by mirrored kernels."""
     net = awake(UNet(**SMALL))
     mirrored = copy.deepcopy(net)
     for p in mirrored.parameters():
@@ -318,13 +393,16 @@ def test_sec32_any_image_size_the_levels_divide():
     close(other.mT, answer, rel=1e-3, abs=1e-4 * answer.abs().max())
 
 
+EVEN = r"channels must be even \(cos and sin of the time embedding\) and at least 2"
+AMONG = r"attention_at must be among the resolutions \[64, 32, 16, 8\]"
+DIVIDE, ATTENDED = "head_channels must divide the", "channels that have attention"
 REFUSED = [
     (dict(image_size=66), "image_size must be divisible by 8 for 4 levels, got 66"),
-    (dict(attention_at=(24,)), r"attention_at must be among the resolutions \[64, 32, 16, 8\], got 24"),
-    (dict(head_channels=40), "head_channels must divide the 384 channels that have attention, got 40"),
-    (dict(head_channels=7, attention_at=()), "head_channels must divide the 768 channels that have attention, got 7"),
-    (dict(channels=15), r"channels must be even \(cos and sin of the time embedding\) and at least 2, got 15"),
-    (dict(channels=0), "channels must be even .* and at least 2, got 0"),
+    (dict(attention_at=(24,)), f"{AMONG}, got 24"),
+    (dict(head_channels=40), f"{DIVIDE} 384 {ATTENDED}, got 40"),
+    (dict(head_channels=7, attention_at=()), f"{DIVIDE} 768 {ATTENDED}, got 7"),
+    (dict(channels=15), f"{EVEN}, got 15"),
+    (dict(channels=0), f"{EVEN}, got 0"),
 ]
 
 
@@ -336,15 +414,20 @@ def test_sec32_a_network_that_cannot_be_built_is_refused_in_words(wrong, words):
 
 @pytest.mark.parametrize("shape", [(1, 2, 16, 16), (1, 1, 15, 16), (1, 1, 16, 15)])
 def test_sec32_an_image_that_does_not_fit_is_refused_in_words(shape):
-    with pytest.raises(ValueError, match="1 channels and sides divisible by 2, got " + re.escape(str(shape))):
+    refusal = f"1 channels and sides divisible by 2, got {shape}"
+    with pytest.raises(ValueError, match=re.escape(refusal)):
         UNet(**SMALL)(torch.zeros(shape), torch.ones(1, dtype=torch.int64))
 
 
-# ------------------------------------------------------------------------------------- §4.2: the condition
+# ---------------------------------------- §4.2: the condition
 
 
 def test_sec42_what_the_unet_is_given():
-    """add: x_t on every channel of RRDB(y); lift: its convolution; concat: x_t, then RRDB(y); none: x_t, then y; cross and None: x_t alone."""
+    """add: x_t on every channel of RRDB(y); lift: its convolution; concat: x_t, then RRDB(y).
+
+    none: x_t, then y; cross and None: x_t alone.
+    """
+    channels = {"add": 16, "lift": 16, "concat": 17, "none": 2, "cross": 1, None: 1}
     xt, t, y = batch()
     for cond in CONDITIONINGS:
         net, seen = conditional(cond), []
@@ -353,26 +436,29 @@ def test_sec42_what_the_unet_is_given():
             net(xt, t, y)
             e = net.embedder(y) if cond in ("add", "lift", "concat") else y
         got = seen[0]
-        assert got.shape[1] == {"add": 16, "lift": 16, "concat": 17, "none": 2, "cross": 1, None: 1}[cond]
+        assert got.shape[1] == channels[cond]
         if cond == "add":
             assert all(torch.equal(got[:, [i]], xt + e[:, [i]]) for i in range(16))
         elif cond == "lift":
-            close(got, e + torch.nn.functional.conv2d(xt, net.lift.weight, net.lift.bias, padding=1), rel=1e-5, abs=1e-5)
+            lifted = F.conv2d(xt, net.lift.weight, net.lift.bias, padding=1)
+            close(got, e + lifted, rel=1e-5, abs=1e-5)
         else:
             assert torch.equal(got[:, :1], xt)
             assert cond in ("cross", None) or torch.equal(got[:, 1:], e)
 
 
 def test_sec42_the_embedder_is_the_rrdb_where_there_is_one():
-    """Report size: 16 features of growth 32 for add, concat and cross; none and None carry no embedder."""
+    """Report size: 16 features of growth 32; none and None carry no embedder."""
     for cond in CONDITIONINGS:
         with torch.device("meta"):
             net = ConditionalUNet(cond)
-        size = lambda module: sum(p.numel() for p in module.parameters())
-        embedder = size(ConditionEmbedder()) if cond in ("add", "lift", "concat", "cross") else 0
-        assert size(net) - size(net.unet) == embedder + (16 * 9 + 16 if cond == "lift" else 0)
-    deep, shallow = ConditionalUNet("add", rrdbs=2, segdiff=True, **SMALL).embedder, ConditionEmbedder(blocks=2)
-    assert size(deep) == size(shallow) and deep.blocks[1].scale == 0.2 and shallow.blocks[1].scale == 1
+        embedder = 0 if cond in ("none", None) else parameters_of(ConditionEmbedder())
+        lift = 16 * 9 + 16 if cond == "lift" else 0
+        assert parameters_of(net) - parameters_of(net.unet) == embedder + lift
+    segdiff = ConditionalUNet("add", rrdbs=2, segdiff=True, **SMALL).embedder
+    report = ConditionEmbedder(blocks=2)
+    assert parameters_of(segdiff) == parameters_of(report)
+    assert (segdiff.blocks[1].scale, report.blocks[1].scale) == (0.2, 1)
 
 
 @pytest.mark.parametrize("cond", CONDITIONINGS)
@@ -400,11 +486,12 @@ def test_sec42_embedding_once_and_denoising_is_the_forward_pass(cond):
 
 
 def test_sec42_addition_is_a_special_case_of_concatenation():
-    """Give x_t the sum of addition's 16 kernels, the features the kernels themselves: the same network."""
+    """Give x_t the sum of addition's 16 kernels, the features the kernels: the same network."""
     add, concat = conditional("add"), conditional("concat")
     weights = add.state_dict()
     kernel = weights["unet.stem.weight"]
-    concat.load_state_dict(weights | {"unet.stem.weight": torch.cat([kernel.sum(1, keepdim=True), kernel], 1)})
+    weights["unet.stem.weight"] = torch.cat([kernel.sum(1, keepdim=True), kernel], 1)
+    concat.load_state_dict(weights)
     xt, t, y = batch()
     with torch.no_grad():
         answer = add(xt, t, y)
@@ -412,16 +499,24 @@ def test_sec42_addition_is_a_special_case_of_concatenation():
 
 
 def test_sec42_concatenation_can_begin_as_addition():
-    """x_t's kernel is the sum of the 16 others, and has 17 times the variance that concatenation draws it with."""
-    fresh = lambda **how: ConditionalUNet("concat", **SMALL | dict(channels=240), **how).unet.stem.weight.detach()
-    own, from_add = fresh(), fresh(from_add=True)
+    """x_t's kernel is the sum of the 16 others.
+
+    It has 17 times the variance that concatenation draws it with.
+    """
+    net = ConditionalUNet("concat", **SMALL | dict(channels=240))
+    own = net.unet.stem.weight.detach().clone()
+    unet.begin_as_addition(net)
+    from_add = net.unet.stem.weight.detach()
     close(from_add[:, 0], from_add[:, 1:].sum(1), rel=1e-5, abs=1e-6)
     assert float(own[:, 0].var() / own[:, 1:].var()) == pytest.approx(1, rel=0.15)
     assert float(from_add[:, 0].var() / own[:, 0].var()) == pytest.approx(17, rel=0.15)
 
 
 def test_sec4_cross_attention_sees_the_embedding_patch_by_patch():
-    """32x32 images: a token is one of 16x16 patches of 2x2; a pixel of the embedding changes its own token alone."""
+    """32x32 images: a token is one of 16x16 patches of 2x2.
+
+    A pixel of the embedding changes its own token alone.
+    """
     net = conditional("cross", image_size=32, attention_at=(16,))
     layer, seen = next(m for m in net.modules() if isinstance(m, CrossAttention)), []
     layer.register_forward_pre_hook(lambda m, a: seen.append(a[1]))
@@ -436,13 +531,19 @@ def test_sec4_cross_attention_sees_the_embedding_patch_by_patch():
 
 
 def test_sec42_an_unknown_conditioning_is_refused_in_words():
-    with pytest.raises(ValueError, match=r"one of \('add', 'lift', 'concat', 'none', 'cross'\) or None, got 'film'"):
+    refusal = "one of ('add', 'lift', 'concat', 'none', 'cross') or None, got 'film'"
+    with pytest.raises(ValueError, match=re.escape(refusal)):
         ConditionalUNet("film", **SMALL)
 
 
 def test_sec32_attention_takes_a_fused_kernel_and_not_the_fallback(monkeypatch):
-    """What LinearAttention hands to torch is laid out as its fused kernels demand: last stride 1."""
-    seen, exact = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v: seen.append((q, k, v)) or exact(q, k, v))
-    unet.LinearAttention(64, 32)(torch.randn(2, 64, 16, 16))
+    """What LinearAttention hands to torch has last stride 1, as torch's fused kernels demand."""
+    seen, exact = [], F.scaled_dot_product_attention
+
+    def watched(q, k, v):
+        seen.append((q, k, v))
+        return exact(q, k, v)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    LinearAttention(64, 32)(torch.randn(2, 64, 16, 16))
     assert all(z.stride(-1) == 1 for z in seen[0])

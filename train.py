@@ -328,7 +328,7 @@ def dry_run(args, cfg, path, device):
         return "\n".join([*lines, f"  time             not measured: {much}"])
     each = seconds_a_step(cfg, device)
     total = clock(evaluate.time_left(cfg, sizes, 0, each))
-    lines.append(f"  time             about {total} ({each:.2g} s a step, evaluations included)")
+    lines.append(f"  time             about {total} ({each:.1f} s a step, evaluations included)")
     return "\n".join(lines)
 
 
