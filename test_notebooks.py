@@ -1,4 +1,4 @@
-"""The notebooks: each runs from top to bottom in a real kernel, and what is committed came from one clean run."""
+"""The notebooks: each runs from top to bottom in a real kernel, and is committed from one clean run."""
 
 import json
 import re
@@ -31,7 +31,10 @@ def cells(path, kind):
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory):
-    """A copy of the modules and notebooks, with a few small phantoms and no runs: what the kernels write stays there."""
+    """A copy of modules and notebooks, with a few small phantoms and no runs.
+
+    What the kernels write stays there.
+    """
     root = tmp_path_factory.mktemp("project")
     for file in [*ROOT.glob("*.py"), *ROOT.glob("notebooks/*.*"), *ROOT.glob("results/*/*.json")]:
         (root / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
@@ -47,16 +50,18 @@ def project(tmp_path_factory):
 
 @notebooks()
 def test_it_runs_from_top_to_bottom(path, project, monkeypatch):
-    """FAST=1: two steps of training, two passes of sampling, every cell; claims that need no training are checked here too."""
+    """FAST=1: two steps of training, two passes of sampling, every cell.
+
+    Claims that need no training are checked here too.
+    """
     monkeypatch.setenv("FAST", "1")
     notebook = nbformat.read(project / "notebooks" / path.name, 4)
-    NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(project / "notebooks")}}
-    ).execute()
+    where = {"metadata": {"path": str(project / "notebooks")}}
+    NotebookClient(notebook, timeout=300, resources=where).execute()
 
 
 def test_there_is_a_notebook_for_every_figure_and_table_and_the_readme_links_it():
-    """Figures 1 to 7 and Tables 1 and 2, each in the title of one notebook, beside a link in the README."""
+    """Figures 1 to 7 and Tables 1 and 2: each in a notebook's title, which the README links."""
     titles = {
         path: "".join(cells(path, "markdown")[0]["source"]).splitlines()[0] for path in NOTEBOOKS
     }
@@ -84,7 +89,7 @@ def test_it_begins_with_the_same_two_cells(path):
 
 @notebooks()
 def test_its_cells_are_short_and_it_asserts_what_it_claims(path):
-    """No cell longer than a screen, no magics, no installation; at least two claims that can fail."""
+    """No cell longer than a screen, no magics, no installation; two claims that can fail."""
     sources = ["".join(cell["source"]) for cell in cells(path, "code")]
     assert max(source.count("\n") + 1 for source in sources) <= 40
     assert not re.search(r"^\s*[%!]|pip install", "\n".join(sources), re.M)
@@ -93,7 +98,10 @@ def test_its_cells_are_short_and_it_asserts_what_it_claims(path):
 
 @notebooks()
 def test_the_committed_outputs_come_from_one_clean_run(path):
-    """All cells in order, in full and not in rehearsal, without an error, on named data; small enough for a browser."""
+    """All cells in order, in full and not in rehearsal, without an error, on named data.
+
+    The file is small enough for a browser.
+    """
     code = cells(path, "code")
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]
