@@ -280,7 +280,7 @@ def quality(line):
 
 
 def headline(measured):
-    """The number of one split's evaluation that progress is told by: "DICE 0.9740", "loss 0.0312"."""
+    """One split's evaluation in a word and a number: "DICE 0.9740", "loss 0.0312"."""
     if "pooled" in measured:
         return f"DICE {measured['pooled']['DICE index']:.4f}"
     return f"loss {measured['loss']:.4f}"

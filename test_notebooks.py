@@ -1,4 +1,4 @@
-"""The notebooks: each runs from top to bottom in a real kernel, and is committed from one clean run."""
+"""The notebooks: each runs from top to bottom in a real kernel; outputs are of one clean run."""
 
 import json
 import re

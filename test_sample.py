@@ -19,8 +19,19 @@ S = 16  # the network's image size
 
 
 def config(task="lung", **changes):
-    settings = {"task": task, "cond": None if task == "synthesis" else "none", "image_size": S, "ddim_steps": 3}
-    settings |= {"channels": 16, "channel_mult": (1, 2), "blocks": 1, "attention_levels": (1,), "head_channels": 16}
+    settings = {
+        "task": task,
+        "cond": None if task == "synthesis" else "none",
+        "image_size": S,
+        "ddim_steps": 3,
+    }
+    settings |= {
+        "channels": 16,
+        "channel_mult": (1, 2),
+        "blocks": 1,
+        "attention_levels": (1,),
+        "head_channels": 16,
+    }
     return train.Config(**settings | {"growth": 4} | changes)
 
 
@@ -102,7 +113,9 @@ def read(path):
 
 def xrays(folder, n=3, size=(S, S)):
     rng = np.random.default_rng(0)
-    return [save(folder / f"x{i}.png", rng.integers(0, 256, size, dtype=np.uint8)) for i in range(n)]
+    return [
+        save(folder / f"x{i}.png", rng.integers(0, 256, size, dtype=np.uint8)) for i in range(n)
+    ]
 
 
 def contents(folder):
@@ -115,9 +128,15 @@ def contents(folder):
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("size", [(S, S), (3 * S, 2 * S), (2 * S, 6 * S), (S // 2, S // 4)])
-def test_the_mask_lies_on_its_xray_at_its_own_size_whatever_its_shape(mirror, call, tmp_path, size, axis, depth):
-    bars = np.array([True, True, False, True]) if axis else np.array([False, True, False, False])  # mirrored: others
-    inside = np.broadcast_to(bars.repeat(size[axis] // 4).reshape((-1, 1) if axis == 0 else (1, -1)), size)
+def test_the_mask_lies_on_its_xray_at_its_own_size_whatever_its_shape(
+    mirror, call, tmp_path, size, axis, depth
+):
+    bars = (
+        np.array([True, True, False, True]) if axis else np.array([False, True, False, False])
+    )  # mirrored: others
+    inside = np.broadcast_to(
+        bars.repeat(size[axis] // 4).reshape((-1, 1) if axis == 0 else (1, -1)), size
+    )
     top = np.iinfo(depth).max
     path = save(tmp_path / "in" / "a.b.png", np.where(inside, top, 0).astype(depth))
     assert call(mirror, "--images", path)[0] == 0
@@ -127,7 +146,9 @@ def test_the_mask_lies_on_its_xray_at_its_own_size_whatever_its_shape(mirror, ca
 
 def test_the_mask_is_enlarged_before_it_is_thresholded(mirror, call, tmp_path):
     """An edge inside one of the network's pixels is found: 10 pixels of the X-ray to one of the network's."""
-    ramp = np.clip(2 * np.arange(10 * S) - 41.5, 0, 255).round().astype(np.uint8)  # 126 in column 84, 128 in 85
+    ramp = (
+        np.clip(2 * np.arange(10 * S) - 41.5, 0, 255).round().astype(np.uint8)
+    )  # 126 in column 84, 128 in 85
     path = save(tmp_path / "in" / "ramp.png", np.tile(ramp, (8, 1)))
     assert call(mirror, "--images", path)[0] == 0
     first = (read(mirror / "samples" / "ramp-mask.png") > 0).argmax(1)
@@ -145,7 +166,9 @@ def test_xrays_of_one_pixel_a_side_and_empty_masks_are_no_special_case(mirror, c
 
 @pytest.mark.parametrize("cond", ["none", "concat", "add", "cross"])
 def test_the_mask_is_the_one_that_train_evaluates(tmp_path, call, cond, overlays):
-    run = write_run(tmp_path / "run", config(cond=cond, ensemble=2, task="infection", classes=("COVID-19",)))
+    run = write_run(
+        tmp_path / "run", config(cond=cond, ensemble=2, task="infection", classes=("COVID-19",))
+    )
     paths = xrays(tmp_path / "in")
     assert call(run, "--images", *paths)[0] == 0 and overlays[-1]["what"] == "mean of 2 masks"
     model, cfg, _ = train.load_run(run)
@@ -153,20 +176,31 @@ def test_the_mask_is_the_one_that_train_evaluates(tmp_path, call, cond, overlays
     masks = train.segment(model, cfg, images, np.arange(3), torch.device("cpu"))
     assert 0 < (masks > 0).float().mean() < 1
     for path, mask in zip(paths, masks):
-        assert np.array_equal(read(run / "samples" / f"{path.stem}-mask.png") > 0, mask[0].numpy() > 0)
+        assert np.array_equal(
+            read(run / "samples" / f"{path.stem}-mask.png") > 0, mask[0].numpy() > 0
+        )
 
 
 def test_sec44_a_supervised_run_gives_its_mask_in_one_pass_and_has_no_ensemble(tmp_path, call):
     run = write_run(tmp_path / "run", config(model="report-unet"))
     paths = xrays(tmp_path / "in")
     status, out, _ = call(run, "--images", *paths)
-    assert status == 0 and "lung, report-unet, none, trained on X-rays, step 7; one pass, seed 0" in out
+    assert (
+        status == 0
+        and "lung, report-unet, none, trained on X-rays, step 7; one pass, seed 0" in out
+    )
     model, y = train.load_run(run)[0], data.to_float(np.stack([read(p)[None] for p in paths]))
     for path, logits in zip(paths, model(y), strict=True):
-        assert np.array_equal(read(run / "samples" / f"{path.stem}-mask.png") > 0, logits[0].numpy() > 0)
+        assert np.array_equal(
+            read(run / "samples" / f"{path.stem}-mask.png") > 0, logits[0].numpy() > 0
+        )
     for flag, value in (("--ensemble", "2"), ("--ddim-steps", "3"), ("--sampler", "ode")):
         status, _, err = call(run, "--images", *paths, flag, value)
-        assert status == 2 and f"{flag} is about diffusion; --model report-unet answers in one pass, got {value}" in err
+        assert (
+            status == 2
+            and f"{flag} is about diffusion; --model report-unet answers in one pass, got {value}"
+            in err
+        )
 
 
 def test_grouping_changes_nothing(lung, call, tmp_path, monkeypatch):
@@ -174,14 +208,18 @@ def test_grouping_changes_nothing(lung, call, tmp_path, monkeypatch):
     paths, ensemble = xrays(tmp_path / "in", 5), ("--ensemble", 3)
     assert call(lung, "--images", *paths, *ensemble, "--out", tmp_path / "all")[0] == 0
     assert call(lung, "--images", *paths[:2], *ensemble, "--out", tmp_path / "two")[0] == 0
-    monkeypatch.setattr(train, "in_pieces", lambda work, rows, *_: ((r, work(r)) for r in np.array_split(rows, 3)))
+    monkeypatch.setattr(
+        train, "in_pieces", lambda work, rows, *_: ((r, work(r)) for r in np.array_split(rows, 3))
+    )
     assert call(lung, "--images", *paths, *ensemble, "--out", tmp_path / "split")[0] == 0
     for path in paths:
         for kind in ("mask", "mean", "disagreement"):
             name = f"{path.stem}-{kind}.png"
             others = ["split", "two"] if path in paths[:2] else ["split"]
             for other in others:
-                difference = np.abs(read(tmp_path / "all" / name).astype(int) - read(tmp_path / other / name))
+                difference = np.abs(
+                    read(tmp_path / "all" / name).astype(int) - read(tmp_path / other / name)
+                )
                 assert difference.max() <= 1 if kind != "mask" else (difference > 0).mean() < 0.01
     names = [f"{p.stem}-mean.png" for p in paths]
     assert len({read(tmp_path / "all" / name).tobytes() for name in names}) == 5
@@ -192,14 +230,21 @@ def test_the_seed_chooses_the_noise(lung, call, tmp_path):
     for seed in (0, 1, 2**63 - 1):
         assert call(lung, "--images", path, "--seed", seed, "--out", tmp_path / str(seed))[0] == 0
     assert call(lung, "--images", path, "--out", tmp_path / "default")[0] == 0
-    masks = {name: read(tmp_path / name / "x0-mask.png").tobytes() for name in ("0", "1", str(2**63 - 1), "default")}
+    masks = {
+        name: read(tmp_path / name / "x0-mask.png").tobytes()
+        for name in ("0", "1", str(2**63 - 1), "default")
+    }
     assert masks["default"] == masks["0"] and len(set(masks.values())) == 3
 
 
 def test_ddim_steps_and_ensemble_are_passes_of_the_network(lung, call, tmp_path, monkeypatch):
     passes, denoise = [], ConditionalUNet.denoise
-    monkeypatch.setattr(ConditionalUNet, "denoise", lambda *args: passes.append(len(args[1])) or denoise(*args))
-    _, out, err = call(lung, "--images", *xrays(tmp_path / "in"), "--ddim-steps", 5, "--ensemble", 2)
+    monkeypatch.setattr(
+        ConditionalUNet, "denoise", lambda *args: passes.append(len(args[1])) or denoise(*args)
+    )
+    _, out, err = call(
+        lung, "--images", *xrays(tmp_path / "in"), "--ddim-steps", 5, "--ensemble", 2
+    )
     assert sum(passes) == 3 * 2 * 5 and "passes 30/30" in err and "5 DDIM steps" in out
 
 
@@ -213,10 +258,19 @@ def test_mean_and_disagreement_are_those_of_the_members(lung, call, tmp_path):
     y = data.to_float(np.stack([read(p)[None] for p in paths]))
     members = train.sample_masks(model, cfg, y, [0, 1], 4)[:, :, 0].numpy().astype(np.float64)
     for x, path in zip(members, paths):
-        mean, spread = ((x + 1) / 2).mean(0), ((x + 1) / 2).std(0)  # of masks in [0, 1]; the spread is at most 1/2
-        found = {kind: read(lung / "samples" / f"{path.stem}-{kind}.png") for kind in ("mask", "mean", "disagreement")}
+        mean, spread = (
+            ((x + 1) / 2).mean(0),
+            ((x + 1) / 2).std(0),
+        )  # of masks in [0, 1]; the spread is at most 1/2
+        found = {
+            kind: read(lung / "samples" / f"{path.stem}-{kind}.png")
+            for kind in ("mask", "mean", "disagreement")
+        }
         assert np.abs(found["mean"] - 255 * mean).max() < 0.6
-        assert np.abs(found["disagreement"] - 510 * spread).max() < 0.6 and found["disagreement"].max() > 100
+        assert (
+            np.abs(found["disagreement"] - 510 * spread).max() < 0.6
+            and found["disagreement"].max() > 100
+        )
         sure = np.abs(mean - 0.5) > 1e-3
         assert np.array_equal(found["mask"][sure], 255 * (mean > 0.5)[sure])
 
@@ -228,7 +282,9 @@ def test_members_that_agree_disagree_nowhere(mirror, call, tmp_path):
     assert np.array_equal(read(mirror / "samples" / "x0-mean.png"), read(path))
 
 
-def test_half_inside_and_half_outside_is_the_largest_disagreement(lung, call, tmp_path, monkeypatch):
+def test_half_inside_and_half_outside_is_the_largest_disagreement(
+    lung, call, tmp_path, monkeypatch
+):
     halves = torch.tensor([-1.0, 1.0, 1.0, -1.0]).reshape(1, 4, 1, 1, 1).expand(1, 4, 1, S, S)
     monkeypatch.setattr(train, "sample_masks", lambda *args, **kwargs: halves)
     path = xrays(tmp_path / "in", 1, (40, 24))[0]
@@ -249,7 +305,9 @@ def test_one_mask_has_no_ensemble_pictures_and_the_runs_own_ensemble_is_the_defa
     assert call(run, "--images", path, "--ensemble", 1, "--out", tmp_path / "one")[0] == 0
     assert set(contents(tmp_path / "one")) == {"x0-mask.png", "x0-overlay.png"}
     assert "4 files (all new)" in call(run, "--images", path)[1]
-    assert set(contents(run / "samples")) == {f"x0-{kind}.png" for kind in ("mask", "overlay", "mean", "disagreement")}
+    assert set(contents(run / "samples")) == {
+        f"x0-{kind}.png" for kind in ("mask", "overlay", "mean", "disagreement")
+    }
 
 
 # scores
@@ -259,23 +317,39 @@ def test_the_table_is_that_of_the_mask_files(lung, call, tmp_path):
     """§4.3 at the X-ray's own size; the last line pools the pixels of X-rays of different size."""
     sizes, rng, images, masks = [(S, S), (30, 50), (41, 7)], np.random.default_rng(1), [], []
     for i, size in enumerate(sizes):
-        images.append(save(tmp_path / "in" / f"x|{i}.png", rng.integers(0, 256, size, dtype=np.uint8)))
+        images.append(
+            save(tmp_path / "in" / f"x|{i}.png", rng.integers(0, 256, size, dtype=np.uint8))
+        )
         true = rng.random(size) < 0.3 if i < 2 else np.zeros(size, bool)
         masks.append(save(tmp_path / "true" / f"x|{i}.png", np.uint8(255) * true))
     _, out, _ = call(lung, "--images", *images, "--masks", *masks)
     assert "7 files (all new)" in out and out.endswith("scores.md\n")
     text = (lung / "samples" / "scores.md").read_text()
     assert text.strip() in out and "nan is 0/0" in text  # the third truth is empty
-    rows = [line.replace(r"\|", "_").strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    rows = [
+        line.replace(r"\|", "_").strip("|").split("|")
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     assert [cell.strip() for cell in rows[0]] == ["image", *metrics.NAMES]
     found = [read(lung / "samples" / f"{p.stem}-mask.png") > 0 for p in images]
     true = [read(p) > 0 for p in masks]
-    pairs = [*zip(found, true), [np.concatenate([a.ravel() for a in arrays]) for arrays in (found, true)]]
+    pairs = [
+        *zip(found, true),
+        [np.concatenate([a.ravel() for a in arrays]) for arrays in (found, true)],
+    ]
     assert len(rows) == 2 + 4
     for row, (a, b) in zip(rows[2:], pairs):
         expected = metrics.scores(metrics.confusion(a[None], b[None]).pooled())
-        assert [cell.strip(" *") for cell in row[1:]] == [f"{expected[name]:.4f}" for name in metrics.NAMES]
-    assert [row[0].strip() for row in rows[2:]] == ["x_0.png", "x_1.png", "x_2.png", "**all pixels together**"]
+        assert [cell.strip(" *") for cell in row[1:]] == [
+            f"{expected[name]:.4f}" for name in metrics.NAMES
+        ]
+    assert [row[0].strip() for row in rows[2:]] == [
+        "x_0.png",
+        "x_1.png",
+        "x_2.png",
+        "**all pixels together**",
+    ]
 
 
 def test_no_table_without_masks(lung, call, tmp_path):
@@ -286,12 +360,19 @@ def test_no_table_without_masks(lung, call, tmp_path):
 # pictures
 
 
-def test_the_overlay_shows_the_xray_the_written_mask_and_the_true_one(lung, call, tmp_path, overlays):
-    path = save(tmp_path / "in" / "a.png", np.random.default_rng(0).integers(0, 65536, (30, 50), dtype=np.uint16))
+def test_the_overlay_shows_the_xray_the_written_mask_and_the_true_one(
+    lung, call, tmp_path, overlays
+):
+    path = save(
+        tmp_path / "in" / "a.png",
+        np.random.default_rng(0).integers(0, 65536, (30, 50), dtype=np.uint16),
+    )
     true = save(tmp_path / "a-true.png", np.uint8(255) * np.eye(30, 50, dtype=bool))
     assert call(lung, "--images", path, "--masks", true)[0] == 0
     (given,) = overlays
-    assert np.array_equal(given["image"], data.read_gray(path)) and np.array_equal(given["true"], read(true) > 0)
+    assert np.array_equal(given["image"], data.read_gray(path)) and np.array_equal(
+        given["true"], read(true) > 0
+    )
     assert np.array_equal(given["mask"], read(lung / "samples" / "a-mask.png") > 0)
     assert given["title"] == "a\nlung, none, trained on X-rays, step 7; not for diagnosis"
 
@@ -322,10 +403,16 @@ def test_save_overlay_draws_outlines_where_the_masks_are(tmp_path):
 
 def test_synthesis_writes_n_xrays_and_the_grid(synthesis, call, monkeypatch):
     grids, save_image_grid = [], figures.save_image_grid
-    monkeypatch.setattr(figures, "save_image_grid", lambda *args: grids.append(args) or save_image_grid(*args))
+    monkeypatch.setattr(
+        figures, "save_image_grid", lambda *args: grids.append(args) or save_image_grid(*args)
+    )
     status, out, _ = call(synthesis, "-n", 3)
     names = ["sample-0000.png", "sample-0001.png", "sample-0002.png", "samples.png"]
-    assert status == 0 and sorted(contents(synthesis / "samples")) == names and all(name in out for name in names)
+    assert (
+        status == 0
+        and sorted(contents(synthesis / "samples")) == names
+        and all(name in out for name in names)
+    )
     model, cfg, _ = train.load_run(synthesis)
     expected = data.to_uint8(train.sample_images(model, cfg, range(3)))
     written = np.stack([read(synthesis / "samples" / name)[None] for name in names[:3]])
@@ -333,11 +420,15 @@ def test_synthesis_writes_n_xrays_and_the_grid(synthesis, call, monkeypatch):
     assert read(synthesis / "samples" / "samples.png").std() > 0
 
 
-def test_xray_i_is_the_same_whatever_n_and_another_with_another_seed(synthesis, call, tmp_path, monkeypatch):
+def test_xray_i_is_the_same_whatever_n_and_another_with_another_seed(
+    synthesis, call, tmp_path, monkeypatch
+):
     monkeypatch.setattr(figures, "save_image_grid", lambda path, *args: path.write_bytes(b"drawn"))
     monkeypatch.setattr(sample, "GRID", 2)
     assert call(synthesis, "-n", 2, "--out", tmp_path / "two")[0] == 0
-    monkeypatch.setattr(train, "in_pieces", lambda work, rows, *_: ((r, work(r)) for r in np.array_split(rows, 2)))
+    monkeypatch.setattr(
+        train, "in_pieces", lambda work, rows, *_: ((r, work(r)) for r in np.array_split(rows, 2))
+    )
     assert call(synthesis, "-n", 5, "--out", tmp_path / "five")[0] == 0
     assert call(synthesis, "-n", 2, "--seed", 1, "--out", tmp_path / "other")[0] == 0
     assert call(synthesis, "--out", tmp_path / "default")[0] == 0
@@ -351,7 +442,9 @@ def test_xray_i_is_the_same_whatever_n_and_another_with_another_seed(synthesis, 
 
 def test_the_grid_holds_the_first_64(synthesis, call, monkeypatch):
     grids = []
-    monkeypatch.setattr(figures, "save_image_grid", lambda path, *args: path.touch() or grids.append(args))
+    monkeypatch.setattr(
+        figures, "save_image_grid", lambda path, *args: path.touch() or grids.append(args)
+    )
     assert call(synthesis, "-n", 70, "--ddim-steps", 1)[0] == 0
     first = [read(synthesis / "samples" / f"sample-{i:04}.png")[None] for i in range(64)]
     assert np.array_equal(grids[0][0], np.stack(first)) and "first 64 of 70" in grids[0][1]
@@ -363,7 +456,10 @@ def test_the_grid_holds_the_first_64(synthesis, call, monkeypatch):
 def test_nothing_but_earlier_results_of_the_same_name_is_replaced(lung, call, tmp_path):
     a, b = xrays(tmp_path / "in", 2)
     before = contents(tmp_path / "in")
-    assert "2 files (all new): x0-mask.png, x0-overlay.png" in call(lung, "--images", a, "--out", tmp_path / "in")[1]
+    assert (
+        "2 files (all new): x0-mask.png, x0-overlay.png"
+        in call(lung, "--images", a, "--out", tmp_path / "in")[1]
+    )
     (tmp_path / "in" / "notes.txt").write_text("mine")
     kept = contents(tmp_path / "in")
     out = call(lung, "--images", a, b, "--out", tmp_path / "in", "--seed", 1)[1]
@@ -378,13 +474,18 @@ def test_nothing_but_earlier_results_of_the_same_name_is_replaced(lung, call, tm
 def test_a_file_of_the_user_is_never_overwritten(lung, call, tmp_path, link, given):
     """The user's own true mask, or a link to it, is called like the result, in the folder to write to."""
     image = xrays(tmp_path / "in", 1)[0]
-    true = save(tmp_path / ("in" if link is None else "true") / "x0-mask.png", np.zeros((S, S), np.uint8))
+    true = save(
+        tmp_path / ("in" if link is None else "true") / "x0-mask.png", np.zeros((S, S), np.uint8)
+    )
     if link:
         link(true, tmp_path / "in" / "x0-mask.png")
     true = tmp_path / "in" / "x0-mask.png" if given == "link" else true
     before = contents(tmp_path / "in")
     status, _, err = call(lung, "--images", image, "--masks", true, "--out", tmp_path / "in")
-    assert status == 2 and "x0-mask.png would be overwritten by a result of that name; choose another --out" in err
+    assert (
+        status == 2
+        and "x0-mask.png would be overwritten by a result of that name; choose another --out" in err
+    )
     assert contents(tmp_path / "in") == before
 
 
@@ -399,7 +500,10 @@ def test_a_model_of_phantoms_says_so(tmp_path, call, overlays):
     for phantoms in (True, False):
         run = write_run(tmp_path / str(phantoms), config(phantoms=phantoms))
         out = call(run, "--images", *paths)[1]
-        assert ("trained on phantoms, generated images: what it makes of a real X-ray means nothing" in out) == phantoms
+        assert (
+            "trained on phantoms, generated images: what it makes of a real X-ray means nothing"
+            in out
+        ) == phantoms
         assert ("trained on phantoms" in overlays[-1]["title"]) == phantoms
     out = call(write_run(tmp_path / "synthesis", config("synthesis", phantoms=True)), "-n", 1)[1]
     assert "trained on phantoms, generated images: what it draws are phantoms, not X-rays" in out
@@ -407,7 +511,9 @@ def test_a_model_of_phantoms_says_so(tmp_path, call, overlays):
 
 def test_an_xray_of_12_bits_in_16_is_remarked_on(lung, call, tmp_path):
     path = save(tmp_path / "in" / "a.png", np.full((S, S), 4095, np.uint16))
-    assert f"{path}: is very dark, its brightest pixel is 16 of 255" in call(lung, "--images", path)[1]
+    assert (
+        f"{path}: is very dark, its brightest pixel is 16 of 255" in call(lung, "--images", path)[1]
+    )
     assert "very dark" not in call(lung, "--images", *xrays(tmp_path / "in", 1))[1]
 
 
@@ -415,12 +521,19 @@ def test_bf16_of_a_gpu_run_is_fp32_where_bf16_is_slow(monkeypatch):
     args = sample.parse(["run"])
     for fast, expected in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(train, "bf16_is_fast", lambda device, fast=fast: fast)
-        assert sample.configure(args, config(precision="bf16"), torch.device("cpu")).precision == expected
+        assert (
+            sample.configure(args, config(precision="bf16"), torch.device("cpu")).precision
+            == expected
+        )
     assert sample.configure(args, config(precision="fp32"), torch.device("cpu")).precision == "fp32"
 
 
 def test_ctrl_c_leaves_whole_files_and_one_line(synthesis, call, monkeypatch):
-    monkeypatch.setattr(train, "in_pieces", lambda work, rows, *_: ((r, work(r)) for r in np.array_split(rows, len(rows))))
+    monkeypatch.setattr(
+        train,
+        "in_pieces",
+        lambda work, rows, *_: ((r, work(r)) for r in np.array_split(rows, len(rows))),
+    )
     real = train.sample_images
 
     def stop_at_2(model, cfg, index, *args, **kwargs):
@@ -469,7 +582,9 @@ MENDABLE = {  # arguments -> the end of the one line
 
 
 @pytest.mark.parametrize("line", MENDABLE)
-def test_what_cannot_be_is_refused_in_one_line_before_any_work(lung, synthesis, call, tmp_path, monkeypatch, line):
+def test_what_cannot_be_is_refused_in_one_line_before_any_work(
+    lung, synthesis, call, tmp_path, monkeypatch, line
+):
     monkeypatch.chdir(tmp_path)
     files = xrays(tmp_path, 2)
     save(tmp_path / "sub" / "X0.png", read(files[0]))
@@ -485,11 +600,23 @@ def test_what_cannot_be_is_refused_in_one_line_before_any_work(lung, synthesis, 
     status, out, err = call(*(f"{word}.png" if word in names else word for word in line.split()))
     message = err.splitlines()[-1]
     progress = [text for text in err.splitlines()[:-1] if not text.startswith("reading")]
-    expected = MENDABLE[line].replace("Y is", "synthesis is").replace("L is", "lung is").replace("L/", "lung/")
+    expected = (
+        MENDABLE[line]
+        .replace("Y is", "synthesis is")
+        .replace("L is", "lung is")
+        .replace("L/", "lung/")
+    )
     assert status == 2 and message.startswith("sample.py: error: ") and expected in message
     assert out == "" and not progress and sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_device_that_is_not_there_is_refused(lung, call, tmp_path, capsys):
-    assert sample.main([str(lung), "--images", str(xrays(tmp_path / "in", 1)[0]), "--device", "abacus"]) == 2
-    assert "sample.py: error: --device must be cuda, mps or cpu, got abacus" in capsys.readouterr().err
+    assert (
+        sample.main(
+            [str(lung), "--images", str(xrays(tmp_path / "in", 1)[0]), "--device", "abacus"]
+        )
+        == 2
+    )
+    assert (
+        "sample.py: error: --device must be cuda, mps or cpu, got abacus" in capsys.readouterr().err
+    )

@@ -1,0 +1,307 @@
+"""The machine: precision, memory and several processes change no number of a run."""
+
+import dataclasses
+import signal
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+import config
+import data
+import devices
+import diffusion
+import evaluate
+import runs
+import train
+import unet
+from console import UserError
+from testing import (
+    CPU,
+    ROOT,
+    TINY,
+    log_of,
+    results_of,
+    shake,
+    split,
+    state_of,
+    tensors,
+    tiny,
+    torchrun,
+    wait_for_log,
+)
+
+
+def test_channels_last_changes_a_mask_by_rounding_alone():
+    """The layout for sampling on a CPU is that of a copy; the trained model stays as it is."""
+    cfg = tiny(ddim_steps=3)
+    model = shake(config.build_model(cfg)).requires_grad_(False)
+    copy, y = devices.laid_out(model, CPU), data.to_float(split(3).images)
+    assert copy.unet.stem.weight.is_contiguous(memory_format=torch.channels_last)
+    assert model.unet.stem.weight.is_contiguous()
+    plain, fast = (evaluate.sample_masks(m, cfg, y, [0, 1, 2]) for m in (model, copy))
+    assert plain.std() > 0.1
+    torch.testing.assert_close(fast, plain, atol=1e-4, rtol=0)
+
+
+# ---------------------------------------- memory
+
+
+def recomputes(model):
+    """Whether the blocks of a model are computed again in the backward pass."""
+    found = {block.recompute for block in model.modules() if isinstance(block, unet.Block)}
+    assert len(found) == 1
+    return found.pop()
+
+
+def test_sec32_blocks_computed_again_keep_their_inputs_and_nothing_else():
+    """The report's network at an eighth of its width.
+
+    Kept are what enters each block by §3.2's table, and three maps of the head.
+    """
+    enter = {
+        64: [192, 192, 192, 576, 384, 384, 3 * 192],
+        32: [192, 384, 384, 960, 768, 576],
+        16: [384, 576, 576, 1344, 1152, 960],
+        8: [576, 768, 768, 1536, 1536, 1344],
+    }
+    cfg = tiny(task="synthesis", cond=None, image_size=64)
+    model = unet.ConditionalUNet(None, channels=24, head_channels=8)
+    unet.recompute_blocks(model, True)
+    numbers = sum(side**2 * sum(channels) // 8 for side, channels in enter.items())
+    numbers += 64 * 64  # x_t, for the first convolution
+    for noises in (1, 3):
+        cfg = dataclasses.replace(cfg, noises=noises)
+        kept = devices.kept_for_backward(model, cfg, CPU)
+        assert kept == pytest.approx(noises * 4 * numbers, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "free, n, chosen",
+    [
+        (120e9, 512, (512, False)),  # 512 * 1.4 * 150 MB = 107.5 GB
+        (107e9, 512, (256, False)),  # a little less: two micro-batches of the same size
+        (20e9, 512, (86, False)),  # 95 fit: 6 micro-batches
+        (3.4e9, 512, (16, False)),
+        (3.3e9, 512, (74, True)),  # fewer than 16 fit; at 30 MB an image 78 do: 7 micro-batches
+        (3.3e9, 8, (8, False)),  # all of them are few
+        (1e6, 512, (1, True)),
+        (-1e9, 512, (1, True)),
+    ],
+)
+def test_as_few_pieces_as_the_memory_holds_and_recomputation_where_few_images_fit(free, n, chosen):
+    """150 MB an image, 30 MB with blocks computed again; 1.4 times that on the way."""
+    assert devices.micro_batch_that_fits(n, free, 150e6, 30e6) == chosen
+
+
+@pytest.mark.parametrize(
+    "card, chosen", [(139e9, (256, False)), (24e9, (57, False)), (8e9, (37, True))]
+)
+def test_the_reports_batch_fits_cards_of_three_sizes(card, chosen, monkeypatch):
+    """218.5 million parameters, twice on the card already (2.35 GB with the driver's own).
+
+    204 or 44 MB an image, as measured on the report's network in bf16, with concatenation.
+    """
+    trainer = train.Trainer(tiny(batch_size=512), CPU)
+    measured = {False: 97.237 * 2**30 / 512, True: 21.0025 * 2**30 / 512}
+    parameters = [torch.empty(218_500_000, device="meta")]
+    monkeypatch.setattr(
+        devices, "kept_for_backward", lambda model, cfg, device: measured[recomputes(model)]
+    )
+    monkeypatch.setattr(devices, "free_memory", lambda device: card - 2.35e9)
+    monkeypatch.setattr(trainer.model, "parameters", lambda: parameters)
+    devices.fit_memory(trainer)
+    assert (trainer.micro_batch, recomputes(trainer.model)) == chosen
+
+
+def test_the_memory_decides_unless_told_and_says_so(monkeypatch):
+    """Room for three images without recomputation; a given micro-batch stays.
+
+    The whole batch where nothing is known.
+    """
+    free = None
+    monkeypatch.setattr(devices, "free_memory", lambda device: free)
+    monkeypatch.setattr(devices, "BUSY", 2)
+    trainer = train.Trainer(tiny(), CPU)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    kept = devices.kept_for_backward(trainer.model, trainer.cfg, CPU)
+    free = (12 * parameters + 3.1 * 1.4 * kept) / 0.9
+    assert devices.fit_memory(trainer).startswith("2 of 4 images a forward pass")
+    assert not recomputes(trainer.model)
+    free = (12 * parameters + 1.9 * 1.4 * kept) / 0.9
+    assert "blocks computed again" in devices.fit_memory(trainer) and recomputes(trainer.model)
+    trainer = train.Trainer(tiny(micro_batch=3), CPU)
+    assert devices.fit_memory(trainer).startswith("3 of 4")
+    assert trainer.micro_batch == 3 and recomputes(trainer.model)
+    free = None
+    trainer = train.Trainer(tiny(), CPU)
+    assert "cannot be told" in devices.fit_memory(trainer) and trainer.micro_batch == 4
+
+
+def test_free_memory_is_that_of_the_machine(monkeypatch):
+    """MemAvailable of /proc/meminfo in kB, shared by the processes of this machine.
+
+    None where there is no such file.
+    """
+    lines = ["MemTotal:  9 kB", "MemAvailable:  4 kB"]
+    monkeypatch.setattr(devices, "lines_of", lambda path: lines)
+    assert devices.free_memory(CPU) == 4096
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert devices.free_memory(CPU) == 1024
+    monkeypatch.setattr(devices, "lines_of", lambda path: [])
+    assert devices.free_memory(CPU) is None
+
+
+def step_with(loss, cfg, monkeypatch):
+    """The weights after one step on 6 images, with `loss` in place of diffusion.l_simple."""
+    monkeypatch.setattr(diffusion, "l_simple", loss)
+    trainer = train.Trainer(cfg, CPU)
+    trainer.train_step(*tensors(6))
+    return torch.cat([p.flatten() for p in trainer.model.parameters()])
+
+
+def test_when_memory_runs_out_the_pieces_halve_and_the_step_is_the_same(monkeypatch, capsys):
+    """A loss that refuses more than one image at once gives the weights of --micro-batch 1.
+
+    It says so. Memory can run out in the forward and in the backward pass.
+    """
+    exact, sizes, graphs = diffusion.l_simple, [], []
+
+    def small_memory(s, model, x0, *rest):
+        sizes.append(len(x0))
+        second_pair = len(x0) == 2 and sizes.count(2) == 2  # the first has left its gradient
+        if len(x0) > 2 or second_pair:
+            raise torch.OutOfMemoryError("planted")
+        return exact(s, model, x0, *rest)
+
+    class Backward(torch.autograd.Function):
+        """Runs out of memory in the backward pass, when all activations are there."""
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.held = torch.zeros(1)  # lives as long as the graph
+            graphs.append(weakref.ref(ctx.held))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            raise torch.OutOfMemoryError("planted")
+
+    def small_in_backward(s, model, x0, *rest):
+        assert all(graph() is None for graph in graphs), "what failed is still in memory"
+        loss = exact(s, model, x0, *rest)
+        return Backward.apply(loss) if len(x0) > 1 else loss
+
+    expected = step_with(exact, tiny(noises=1, micro_batch=1), monkeypatch)
+    assert torch.equal(step_with(small_memory, tiny(noises=1), monkeypatch), expected)
+    assert torch.equal(step_with(small_in_backward, tiny(noises=1), monkeypatch), expected)
+    assert "from here on 1 images at once; the batch stays 4" in capsys.readouterr().out
+    assert sizes == [4, 2, 2, 1, 1, 1, 1]
+    rule = "out of memory with 2 images at once; try a smaller --micro-batch"
+    with pytest.raises(UserError, match=rule):
+        step_with(small_in_backward, tiny(noises=1, micro_batch=2), monkeypatch)
+
+
+def test_an_evaluation_that_does_not_fit_into_memory_takes_smaller_pieces():
+    """Work that refuses more than 3 rows at once: all rows, in order, each once."""
+
+    def function(rows):
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("planted")
+        return rows
+
+    found = list(devices.in_chunks(function, np.arange(10), "cpu"))
+    assert np.concatenate([rows for rows, _ in found]).tolist() == list(range(10))
+    assert max(len(rows) for rows, _ in found) == 2
+    assert all(np.array_equal(rows, answer) for rows, answer in found)
+
+
+# ---------------------------------------- several processes
+
+
+SHARED = f"--task lung {TINY} --batch-size 7 --steps 10 --eval-images 9"
+SHARED += " --set eval_every=5 lr_decay=none"
+
+
+def test_three_processes_learn_and_measure_what_one_does_and_one_goes_on_from_two(
+    root, tmp_path, go
+):
+    """Batches of 7 images; ten steps and two evaluations.
+
+    Loss and weights agree to rounding, every metric exactly. The run of two processes stops after
+    six steps and is resumed by one. Each folder is whole, and written once.
+    """
+    words = [*SHARED.split(), "--data", root, "--micro-batch", "2"]
+    commands = {
+        "three": torchrun(3, ROOT / "train.py", [*words, "--out", "three"], tmp_path),
+        "two": torchrun(2, ROOT / "train.py", [*words, "--out", "two", "--steps", "6"], tmp_path),
+    }
+    status, one = go(SHARED, "one", "")
+    printed = {name: command.communicate(timeout=300) for name, command in commands.items()}
+    assert status == 0
+    for name, command in commands.items():
+        assert command.returncode == 0, printed[name][1]
+    resume = ["--resume", str(tmp_path / "two"), "--steps", "10", "--device", "cpu"]
+    assert train.main(resume) == 0
+    expected, log = state_of(one), log_of(one)
+    for folder in (tmp_path / "three", tmp_path / "two"):
+        state = state_of(folder)
+        for kind in ("model", "ema"):
+            torch.testing.assert_close(dict(state[kind]), dict(expected[kind]), rtol=0, atol=1e-5)
+        lines = [line for line in log_of(folder) if line["step"] != 6 or "loss" in line]
+        assert [x for x in lines if "Val" in x] == [x for x in log if "Val" in x]
+        losses = [[line["loss"] for line in lines if "loss" in line] for lines in (lines, log)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6) and len(losses[0]) == 10
+    out = printed["three"][0]
+    assert out.count("validation DICE") == 2 and "3 processes" in out
+    assert not list(tmp_path.glob("*/.*"))
+    facts = results_of(tmp_path / "three")
+    assert facts["command"].startswith("torchrun --nproc-per-node 3 train.py")
+    assert facts["hardware"].endswith("3 processes")
+
+
+FAILS = """import os, sys
+sys.path.insert(0, {root!r})
+import console, train
+step = train.Trainer.train_step
+def planted(self, *split):
+    if self.step == 2 and os.environ["RANK"] == "1":
+        raise console.UserError("planted in the second process")
+    return step(self, *split)
+train.Trainer.train_step = planted
+sys.exit(train.main())
+"""
+
+
+def test_a_process_that_fails_ends_the_run_with_its_error(root, tmp_path):
+    """The other one does not wait for it, and what was saved before is whole."""
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS.format(root=str(ROOT)))
+    words = [*SHARED.split(), "--data", root, "--out", "run"]
+    command = torchrun(2, script, words, tmp_path)
+    _, errors = command.communicate(timeout=300)
+    assert command.returncode == 1
+    assert errors.count("error: planted in the second process") == 1
+    assert state_of(tmp_path / "run")["step"] == 0
+
+
+def test_processes_stop_together_and_are_saved(root, tmp_path):
+    """Ctrl-C to torchrun: one checkpoint, at a step that all have taken."""
+    words = [*SHARED.split(), "--data", root, "--steps", "1000000", "--out", "run"]
+    words += ["--set", "eval_every=500000"]
+    with torchrun(2, ROOT / "train.py", words, tmp_path) as command:
+        wait_for_log(tmp_path / "run")
+        command.send_signal(signal.SIGINT)
+        out, errors = command.communicate(timeout=60)
+    step = state_of(tmp_path / "run")["step"]
+    assert step >= 1 and f"stopped and saved at step {step} of" in out, errors
+    assert out.count("stopped and saved") == 1
+
+
+def test_every_process_needs_an_image(go, monkeypatch, capsys, tmp_path):
+    """A batch of one image for two processes is refused before anything is written."""
+    monkeypatch.setattr(runs, "world", lambda: 2)
+    status, folder = go("--task lung", given=TINY.replace("--batch-size 4", "--batch-size 1"))
+    assert status == 2 and not folder.exists()
+    assert "--batch-size must be at least the 2 processes, got 1" in capsys.readouterr().err

@@ -1,0 +1,235 @@
+"""The two studies of §4.1: ideal networks, learnable masks, and what the commands print."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import config
+import data
+import evaluate
+import phantoms
+import runs
+import studies
+from console import UserError
+from test_probes import healthy, ideal
+from testing import CPU
+
+SIDE = 32
+
+
+def settings(**changes):
+    """A Config of a tiny synthesis run of healthy X-rays."""
+    run = dict(task="synthesis", cond=None, classes=("Normal",), lr=0.01, target="x0")
+    sizes = dict(channels=16, channel_mult=(1, 2, 2), blocks=1, attention_levels=())
+    return config.Config(**run | sizes | dict(image_size=SIDE, head_channels=16) | changes)
+
+
+def ignore(done, total):
+    """A progress that shows nothing."""
+
+
+def save(file, picture):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(file)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """Two healthy X-rays in the lung tree, and in the infection tree the same two with a square.
+
+    The square is an infection in the left lung, brighter than the rest. Outside their lungs both
+    have something bright that is no infection.
+    """
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    well = data.to_uint8(healthy(2, SIDE))
+    lung, short, square, marker, label = np.zeros((5, SIDE, SIDE), np.uint8)
+    lung[4:28, 3:14] = short[4:20, 3:14] = square[10:18, 5:12] = 255
+    marker[10:18, 20:28] = label[20:26, 3:14] = 255
+
+    def brighter(where, by):
+        return np.where(where > 0, np.clip(well.astype(int) + by, 0, 255), well).astype(np.uint8)
+
+    sick, labelled = brighter(square | marker, 60), brighter(label, 150)
+    for split in data.SPLITS:
+        for i in range(2):
+            for c in data.CLASSES:
+                name = phantoms.NAMES[c].format(f"{split}{i}")
+                folder = tmp_path / "set" / data.LUNG_TREE / split / c
+                save(folder / "images" / name, labelled[i, 0])
+                save(folder / "lung masks" / name, short)
+                folder = tmp_path / "set" / data.INFECTION_TREE / split / c
+                save(folder / "images" / name, sick[i, 0])
+                save(folder / "lung masks" / name, lung)
+                save(folder / "infection masks" / name, square)
+    return tmp_path / "set"
+
+
+# ---------------------------------------- anomaly maps
+
+
+def test_sec41_an_ideal_network_of_healthy_xrays_finds_every_infected_pixel_and_no_other(
+    root, monkeypatch
+):
+    """AUROC 1 by the loss, by its sign and by the reconstruction; gray values do not know.
+
+    The cost is 1 healthy pixel in 20.
+    """
+    monkeypatch.setattr(studies, "SMOOTH", 1)
+    monkeypatch.setattr(studies, "BAND", range(200, 301, 50))
+    images = data.to_float(data.to_uint8(healthy(2, SIDE)))
+    monkeypatch.setattr(evaluate, "eps_model_of", lambda *_: ideal(images))
+    seen = []
+    found = studies.anomalies(None, settings(), root, CPU, 2, lambda *at: seen.append(at))
+    for name in ("loss, Eq. (7)", "signed", "X-ray - reconstruction"):
+        numbers = found["maps"][name]
+        assert numbers["AUROC"] == pytest.approx(1, abs=1e-3) and numbers["Sensitivity"] == 1, name
+        assert abs(numbers["threshold"]) < 1e-5
+        assert numbers["Specificity"] == pytest.approx(0.95, abs=0.05)
+    gray, everything = (found["maps"][k] for k in ("gray value itself", "every pixel of the lungs"))
+    assert 0.5 < gray["AUROC"] < 0.9 and gray["DICE index"] < 0.9
+    assert everything["DICE index"] == pytest.approx(2 * 56 / (264 + 56))
+    assert (found["images"], found["healthy images"]) == (2, 2)
+    assert found["infected share"] == pytest.approx(56 / 264)
+    assert seen == [(1, 2), (2, 2)]
+
+
+def test_sec41_a_map_is_the_mean_of_its_neighbourhood_and_needs_nothing_beyond_the_edge():
+    """Squares of 5; at the border the mean of the pixels that are there."""
+    x = torch.zeros(1, 1, 9, 9)
+    x[0, 0, 4, 4] = x[0, 0, 0, 0] = 1
+    found = studies.smooth(x)
+    assert float(found[0, 0, 4, 4]) == pytest.approx(1 / 25)
+    assert float(found[0, 0, 0, 0]) == pytest.approx(1 / 9)
+
+
+# ---------------------------------------- few labels
+
+
+def bright_images(n, seed):
+    """X-rays whose mask is where they are bright: smooth random pictures."""
+    coarse = torch.randn(n, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+    x = torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic").clamp(-1, 1)
+    return x, x > 0.2
+
+
+def random_network(cfg):
+    """The network of a configuration, whose zero-initialised layers are random too."""
+    model = config.build_model(cfg)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("learner", ["probe", "from scratch"])
+def test_sec41_both_learners_find_bright_pixels_from_a_few_images(learner):
+    """Probe of a random network, and the same U-Net from scratch: unseen images, 0.85 DICE.
+
+    Of other seeds, other answers.
+    """
+    (x, positive), (unseen, true), cfg = bright_images(6, 0), bright_images(4, 1), settings()
+
+    def learned(seed):
+        if learner == "probe":
+            return studies.probe(random_network(cfg), cfg, x, positive, seed, CPU, members=2)
+        return studies.from_scratch(cfg, x, positive, seed, CPU, steps=60)
+
+    def dice(p):
+        return 2 * float(((p > 0.5) & true).sum()) / float((p > 0.5).sum() + true.sum())
+
+    p, other = learned(0)(unseen), learned(1)(unseen)
+    assert p.shape == unseen.shape and 0 <= p.min() and p.max() <= 1 and dice(p) > 0.85
+    assert not torch.allclose(p, other)
+
+
+def test_sec41_both_learners_see_the_same_few_images_and_all_of_validation(root, monkeypatch):
+    """In a draw the fewer are among the more; DICE 1 for the truth and 0 for its opposite."""
+    given, true = [], torch.zeros(2, 1, SIDE, SIDE, dtype=torch.bool)
+    true[..., 10:18, 5:12] = True
+
+    def learner_of(answer):
+        def learn(*args):
+            given.append(args[-4:-1])  # images, labels, draw
+            return lambda images: answer[: len(images)].float()
+
+        return learn
+
+    monkeypatch.setattr(studies, "probe", learner_of(true))
+    monkeypatch.setattr(studies, "from_scratch", learner_of(~true))
+    where = (None, settings(), "infection", root, CPU)
+    rows = studies.few_labels(*where, (1, 2), 3, 64, ignore)
+    found = [(row["labels"], row["draw"]) for row in rows]
+    assert found == [(n, draw) for draw in range(3) for n in (1, 2)]
+    assert all(row["probe"] == 1 and row["from scratch"] == 0 for row in rows)
+    for a, b in zip(given[::2], given[1::2], strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2]
+    assert [len(x) for x, _, _ in given[::2]] == [1, 2] * 3
+    for fewer, more in zip(given[::4], given[2::4], strict=True):
+        assert torch.equal(fewer[0][0], more[0][0])
+    assert all(torch.equal(positive, true[: len(x)]) for x, positive, _ in given)
+    with pytest.raises(UserError, match="--labels must be at most the 2 images of Train, got 3"):
+        studies.few_labels(*where, (3,), 1, 64, ignore)
+
+
+# ---------------------------------------- the command
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(**settings) -> a folder with last.pt."""
+
+    def write(**changes):
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        cfg = settings(**changes)
+        weights = config.build_model(cfg).state_dict()
+        state = {"config": dataclasses.asdict(cfg), "step": 7, "ema": weights}
+        torch.save(state, folder / "last.pt")
+        return str(folder)
+
+    return write
+
+
+def test_the_command_prints_its_table_and_writes_its_numbers(
+    root, run, tmp_path, monkeypatch, capsys
+):
+    """Both studies; the JSON says where the numbers come from."""
+    out = tmp_path / "out" / "numbers.json"
+    words = ["--data", str(root), "--device", "cpu", "--out", str(out)]
+    assert studies.main(["anomalies", run(), *words]) == 0
+    assert "| signed |" in capsys.readouterr().out
+    numbers = json.loads(out.read_text())
+    assert {"study", "commit", "hardware", "torch", "seed", "data", "maps"} <= numbers.keys()
+    assert numbers["data"] == "X-rays"
+    rows = [{"labels": 5, "draw": k, "probe": 0.5 + k, "from scratch": 0.25} for k in range(2)]
+    monkeypatch.setattr(studies, "few_labels", lambda *_: rows)
+    assert studies.main(["labels", run(classes=data.CLASSES), *words]) == 0
+    assert "| 5 | 1.0000 ± 0.7071 | 0.2500 ± 0.0000 |" in capsys.readouterr().out
+    assert json.loads(out.read_text())["rows"] == rows
+
+
+EVERY_CLASS = "healthy X-rays alone (--classes Normal), got COVID-19, Non-COVID, Normal"
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "message"),
+    [
+        (["anomalies"], {"classes": data.CLASSES}, EVERY_CLASS),
+        (
+            ["labels"],
+            {"task": "lung", "cond": "none"},
+            "must be a run of --task synthesis, got lung",
+        ),
+        (["labels", "--draws", "0"], {}, "--draws must be at least 1, got 0"),
+        (["labels", "--labels", "5", "0"], {}, "--labels must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(run, words, changes, message, capsys):
+    """The rule and the offending value."""
+    assert studies.main([words[0], run(**changes), *words[1:], "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("studies.py: error: ") and message in error and error.count("\n") == 1
