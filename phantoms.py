@@ -406,25 +406,24 @@ def locate(folder, task):
     return root, noted
 
 
-def find_data(cfg, given):
-    """cfg with the root of its images: `given`, else its own, else what `locate` finds.
-
-    Phantoms are announced, and drawn on the first use. A run whose phantoms lie on another machine
-    takes the same ones here.
-    """
+def root_of(cfg, given):
+    """(root, whether it holds phantoms): `given`, else the run's own, else what `locate` finds."""
     here = cfg.data != str(PHANTOMS) and Path(cfg.data).is_dir()
-    if given is None and cfg.phantoms and not here:
-        root, phantoms = PHANTOMS, True
-    else:
-        root, phantoms = locate(given or cfg.data or None, cfg.task)
+    if given is None and cfg.phantoms and not here:  # of another machine: the same are drawn here
+        return PHANTOMS, True
+    return locate(given or cfg.data or None, cfg.task)
+
+
+def find_data(cfg, given):
+    """cfg with the root of its images. Phantoms are announced, and drawn on the first use."""
+    root, drawn = root_of(cfg, given)
     if given is None and root == PHANTOMS:
         if not cfg.data:
             homes = " and ".join(map(str, DATA_HOMES))
             console.message(
                 f"No X-rays found: COVID-QU-Ex is looked for in {homes}. It can be had from Kaggle "
                 "(anasmohammedtahir/covidqu); unpack it there, or name its folder with --data. "
-                "Until then this run uses chest phantoms: generated X-rays whose masks are known. "
-                "Its numbers are about phantoms."
+                "Until then this run, and its numbers, are about chest phantoms: generated X-rays."
             )
         ensure_phantoms(cfg.task, console.progress_line("drawing phantoms"))
-    return dataclasses.replace(cfg, data=str(root), phantoms=phantoms)
+    return dataclasses.replace(cfg, data=str(root), phantoms=drawn)

@@ -213,7 +213,7 @@ def load_splits(args, cfg, checkpoint, path):
 
 def images_found(args, cfg):
     """(The folder of the images in words, {split: how many}). No image is read or drawn."""
-    root, drawn = phantoms.locate(args.data or cfg.data or None, cfg.task)
+    root, drawn = phantoms.root_of(cfg, args.data)
     splits = ("Train", "Val", "Test") if args.test else ("Train", "Val")
     if root == phantoms.PHANTOMS and not (root / data.TREES[cfg.task]).is_dir():
         counts = phantoms.PHANTOM_COUNTS[data.TREES[cfg.task]]

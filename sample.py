@@ -56,7 +56,7 @@ def parse(argv):
     formatter = argparse.RawDescriptionHelpFormatter
     p = Parser("sample.py", description=__doc__, formatter_class=formatter)
     p.add_argument("run", metavar="RUN", help="run folder of train.py, or its last.pt or best.pt")
-    p.add_argument("-n", type=int, metavar="N", help=f"X-rays to draw; default {DRAWN}")
+    p.add_argument("-n", type=int, metavar="N", help=f"synthesis: X-rays to draw; default {DRAWN}")
     files = dict(nargs="+", metavar="FILE")
     p.add_argument("--images", **files, help="X-rays to segment with a lung or infection run")
     p.add_argument("--masks", **files, help="their true masks, in the same order, to score with")

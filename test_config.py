@@ -154,6 +154,7 @@ def test_set_gives_the_settings_without_a_flag_in_their_own_type():
     given = dict(ema=0.5, channel_mult=(1, 2), lr_decay="none", T=50, eval_every=7)
     assert changes("--task lung", words) == given
     assert type(configured("--task lung --set shift=2").shift) is float
+    assert {type(width) for width in configured(words).channel_mult} == {int}
     assert configured("--task lung --set attention_levels=3").attention_levels == (3,)
 
 

@@ -1,4 +1,7 @@
-"""sample.py: what a person gets from a trained run. No training: random weights, or a network whose answer is known."""
+"""sample.py: what a person gets from a trained run.
+
+No training: weights are random, or the network's answer is known.
+"""
 
 import dataclasses
 import os
@@ -8,36 +11,34 @@ import pytest
 import torch
 from PIL import Image
 
+import config
 import data
+import devices
+import evaluate
+import figures
 import metrics
+import runs
 import sample
-import train
-from notebooks import figures
+from testing import CPU
 from unet import ConditionalUNet
 
 S = 16  # the network's image size
 
 
-def config(task="lung", **changes):
-    settings = {
-        "task": task,
-        "cond": None if task == "synthesis" else "none",
-        "image_size": S,
-        "ddim_steps": 3,
-    }
-    settings |= {
-        "channels": 16,
-        "channel_mult": (1, 2),
-        "blocks": 1,
-        "attention_levels": (1,),
-        "head_channels": 16,
-    }
-    return train.Config(**settings | {"growth": 4} | changes)
+def settings(task="lung", **changes):
+    """A Config of a tiny network, sampled in 3 passes."""
+    run = dict(task=task, cond=None if task == "synthesis" else "none", ddim_steps=3)
+    sizes = dict(image_size=S, channels=16, channel_mult=(1, 2), blocks=1, growth=4)
+    attention = dict(attention_levels=(1,), head_channels=16)
+    return config.Config(**run | sizes | attention | changes)
 
 
 def write_run(folder, cfg):
-    """A run folder with last.pt; every weight is random, so that the mask depends on the X-ray and on x_T."""
-    model = train.build_model(cfg)
+    """A run folder with last.pt.
+
+    Every weight is random, so that the mask depends on the X-ray and on x_T.
+    """
+    model = config.build_model(cfg)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -58,19 +59,22 @@ def one_thread():
 
 @pytest.fixture
 def lung(tmp_path):
-    return write_run(tmp_path / "lung", config())
+    return write_run(tmp_path / "lung", settings())
 
 
 @pytest.fixture
 def synthesis(tmp_path):
-    return write_run(tmp_path / "synthesis", config("synthesis"))
+    return write_run(tmp_path / "synthesis", settings("synthesis"))
 
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """A lung run that answers, as x_0, the X-ray itself: so its mask is where that is brighter than middle gray."""
+    """A lung run that answers, as x_0, the X-ray itself.
+
+    So its mask is where that is brighter than middle gray.
+    """
     monkeypatch.setattr(ConditionalUNet, "denoise", lambda self, xt, t, e: e)
-    return write_run(tmp_path / "mirror", config(target="x0"))
+    return write_run(tmp_path / "mirror", settings(target="x0"))
 
 
 @pytest.fixture(autouse=True)
@@ -112,17 +116,26 @@ def read(path):
 
 
 def xrays(folder, n=3, size=(S, S)):
+    """n random X-ray files."""
     rng = np.random.default_rng(0)
-    return [
-        save(folder / f"x{i}.png", rng.integers(0, 256, size, dtype=np.uint8)) for i in range(n)
-    ]
+    images = [rng.integers(0, 256, size, dtype=np.uint8) for _ in range(n)]
+    return [save(folder / f"x{i}.png", image) for i, image in enumerate(images)]
 
 
 def contents(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir()} if folder.exists() else {}
 
 
-# masks at the X-ray's own size
+def chunks_of(n):
+    """An in_chunks that makes n chunks of the rows, whatever their number."""
+
+    def in_chunks(function, rows, *_):
+        return ((chunk, function(chunk)) for chunk in np.array_split(rows, n))
+
+    return in_chunks
+
+
+# ---------------------------------------- masks at the X-ray's own size
 
 
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
@@ -131,12 +144,10 @@ def contents(folder):
 def test_the_mask_lies_on_its_xray_at_its_own_size_whatever_its_shape(
     mirror, call, tmp_path, size, axis, depth
 ):
-    bars = (
-        np.array([True, True, False, True]) if axis else np.array([False, True, False, False])
-    )  # mirrored: others
-    inside = np.broadcast_to(
-        bars.repeat(size[axis] // 4).reshape((-1, 1) if axis == 0 else (1, -1)), size
-    )
+    """Bars along one axis, other ones if they were mirrored."""
+    bars = np.array([True, True, False, True] if axis else [False, True, False, False])
+    bars = bars.repeat(size[axis] // 4).reshape((-1, 1) if axis == 0 else (1, -1))
+    inside = np.broadcast_to(bars, size)
     top = np.iinfo(depth).max
     path = save(tmp_path / "in" / "a.b.png", np.where(inside, top, 0).astype(depth))
     assert call(mirror, "--images", path)[0] == 0
@@ -145,11 +156,9 @@ def test_the_mask_lies_on_its_xray_at_its_own_size_whatever_its_shape(
 
 
 def test_the_mask_is_enlarged_before_it_is_thresholded(mirror, call, tmp_path):
-    """An edge inside one of the network's pixels is found: 10 pixels of the X-ray to one of the network's."""
-    ramp = (
-        np.clip(2 * np.arange(10 * S) - 41.5, 0, 255).round().astype(np.uint8)
-    )  # 126 in column 84, 128 in 85
-    path = save(tmp_path / "in" / "ramp.png", np.tile(ramp, (8, 1)))
+    """An edge inside a pixel of the network is found: that is 10 pixels of the X-ray."""
+    ramp = np.clip(2 * np.arange(10 * S) - 41.5, 0, 255).round()  # 126 in column 84, 128 in 85
+    path = save(tmp_path / "in" / "ramp.png", np.tile(ramp.astype(np.uint8), (8, 1)))
     assert call(mirror, "--images", path)[0] == 0
     first = (read(mirror / "samples" / "ramp-mask.png") > 0).argmax(1)
     assert set(first) == {85}
@@ -165,112 +174,106 @@ def test_xrays_of_one_pixel_a_side_and_empty_masks_are_no_special_case(mirror, c
 
 
 @pytest.mark.parametrize("cond", ["none", "concat", "add", "cross"])
-def test_the_mask_is_the_one_that_train_evaluates(tmp_path, call, cond, overlays):
-    run = write_run(
-        tmp_path / "run", config(cond=cond, ensemble=2, task="infection", classes=("COVID-19",))
-    )
+def test_the_mask_is_the_one_that_an_evaluation_scores(tmp_path, call, cond, overlays):
+    """evaluate.segment of the same X-rays, mean of two samples."""
+    infection = dict(task="infection", classes=("COVID-19",))
+    run = write_run(tmp_path / "run", settings(cond=cond, ensemble=2, **infection))
     paths = xrays(tmp_path / "in")
     assert call(run, "--images", *paths)[0] == 0 and overlays[-1]["what"] == "mean of 2 masks"
-    model, cfg, _ = train.load_run(run)
+    model, cfg, _ = runs.load_run(run)
     images = np.stack([read(p)[None] for p in paths])
-    masks = train.segment(model, cfg, images, np.arange(3), torch.device("cpu"))
+    masks = evaluate.segment(model, cfg, images, np.arange(3), CPU)
     assert 0 < (masks > 0).float().mean() < 1
-    for path, mask in zip(paths, masks):
-        assert np.array_equal(
-            read(run / "samples" / f"{path.stem}-mask.png") > 0, mask[0].numpy() > 0
-        )
+    for path, mask in zip(paths, masks, strict=True):
+        written = read(run / "samples" / f"{path.stem}-mask.png")
+        assert np.array_equal(written > 0, mask[0].numpy() > 0)
 
 
 def test_sec44_a_supervised_run_gives_its_mask_in_one_pass_and_has_no_ensemble(tmp_path, call):
-    run = write_run(tmp_path / "run", config(model="report-unet"))
+    """Its mask is where the logit is above 0. Flags of diffusion are refused."""
+    run = write_run(tmp_path / "run", settings(model="report-unet"))
     paths = xrays(tmp_path / "in")
     status, out, _ = call(run, "--images", *paths)
-    assert (
-        status == 0
-        and "lung, report-unet, none, trained on X-rays, step 7; one pass, seed 0" in out
-    )
-    model, y = train.load_run(run)[0], data.to_float(np.stack([read(p)[None] for p in paths]))
+    said = "lung, report-unet, none, trained on X-rays, step 7; one pass, seed 0"
+    assert status == 0 and said in out
+    model, y = runs.load_run(run)[0], data.to_float(np.stack([read(p)[None] for p in paths]))
     for path, logits in zip(paths, model(y), strict=True):
-        assert np.array_equal(
-            read(run / "samples" / f"{path.stem}-mask.png") > 0, logits[0].numpy() > 0
-        )
+        written = read(run / "samples" / f"{path.stem}-mask.png")
+        assert np.array_equal(written > 0, logits[0].numpy() > 0)
     for flag, value in (("--ensemble", "2"), ("--ddim-steps", "3"), ("--sampler", "ode")):
         status, _, err = call(run, "--images", *paths, flag, value)
-        assert (
-            status == 2
-            and f"{flag} is about diffusion; --model report-unet answers in one pass, got {value}"
-            in err
-        )
+        rule = f"{flag} is about diffusion; --model report-unet answers in one pass, got {value}"
+        assert status == 2 and rule in err
 
 
 def test_grouping_changes_nothing(lung, call, tmp_path, monkeypatch):
-    """The result of image i is that of its place in the list, however many go through the network together."""
+    """The result of image i is that of its place in the list.
+
+    It does not depend on how many go through the network together.
+    """
     paths, ensemble = xrays(tmp_path / "in", 5), ("--ensemble", 3)
     assert call(lung, "--images", *paths, *ensemble, "--out", tmp_path / "all")[0] == 0
     assert call(lung, "--images", *paths[:2], *ensemble, "--out", tmp_path / "two")[0] == 0
-    monkeypatch.setattr(
-        train, "in_pieces", lambda work, rows, *_: ((r, work(r)) for r in np.array_split(rows, 3))
-    )
+    monkeypatch.setattr(devices, "in_chunks", chunks_of(3))
     assert call(lung, "--images", *paths, *ensemble, "--out", tmp_path / "split")[0] == 0
     for path in paths:
         for kind in ("mask", "mean", "disagreement"):
             name = f"{path.stem}-{kind}.png"
             others = ["split", "two"] if path in paths[:2] else ["split"]
             for other in others:
-                difference = np.abs(
-                    read(tmp_path / "all" / name).astype(int) - read(tmp_path / other / name)
-                )
-                assert difference.max() <= 1 if kind != "mask" else (difference > 0).mean() < 0.01
+                together = read(tmp_path / "all" / name).astype(int)
+                difference = np.abs(together - read(tmp_path / other / name))
+                if kind == "mask":
+                    assert (difference > 0).mean() < 0.01
+                else:
+                    assert difference.max() <= 1
     names = [f"{p.stem}-mean.png" for p in paths]
     assert len({read(tmp_path / "all" / name).tobytes() for name in names}) == 5
 
 
 def test_the_seed_chooses_the_noise(lung, call, tmp_path):
+    """Three seeds, three masks; the default is seed 0."""
     path = xrays(tmp_path / "in", 1)[0]
-    for seed in (0, 1, 2**63 - 1):
-        assert call(lung, "--images", path, "--seed", seed, "--out", tmp_path / str(seed))[0] == 0
+    seeds = ("0", "1", str(2**63 - 1))
+    for seed in seeds:
+        assert call(lung, "--images", path, "--seed", seed, "--out", tmp_path / seed)[0] == 0
     assert call(lung, "--images", path, "--out", tmp_path / "default")[0] == 0
-    masks = {
-        name: read(tmp_path / name / "x0-mask.png").tobytes()
-        for name in ("0", "1", str(2**63 - 1), "default")
-    }
+    folders = (*seeds, "default")
+    masks = {name: read(tmp_path / name / "x0-mask.png").tobytes() for name in folders}
     assert masks["default"] == masks["0"] and len(set(masks.values())) == 3
 
 
 def test_ddim_steps_and_ensemble_are_passes_of_the_network(lung, call, tmp_path, monkeypatch):
+    """3 X-rays, 2 masks each, 5 steps: 30."""
     passes, denoise = [], ConditionalUNet.denoise
-    monkeypatch.setattr(
-        ConditionalUNet, "denoise", lambda *args: passes.append(len(args[1])) or denoise(*args)
-    )
-    _, out, err = call(
-        lung, "--images", *xrays(tmp_path / "in"), "--ddim-steps", 5, "--ensemble", 2
-    )
+
+    def counted(*args):
+        passes.append(len(args[1]))
+        return denoise(*args)
+
+    monkeypatch.setattr(ConditionalUNet, "denoise", counted)
+    flags = ("--ddim-steps", 5, "--ensemble", 2)
+    _, out, err = call(lung, "--images", *xrays(tmp_path / "in"), *flags)
     assert sum(passes) == 3 * 2 * 5 and "passes 30/30" in err and "5 DDIM steps" in out
 
 
-# ensembles
+# ---------------------------------------- ensembles
 
 
 def test_mean_and_disagreement_are_those_of_the_members(lung, call, tmp_path):
+    """Mean and standard deviation of masks in [0, 1], whose spread is at most 1/2."""
     paths = xrays(tmp_path / "in", 2)
     assert call(lung, "--images", *paths, "--ensemble", 4)[0] == 0
-    model, cfg, _ = train.load_run(lung)
+    model, cfg, _ = runs.load_run(lung)
     y = data.to_float(np.stack([read(p)[None] for p in paths]))
-    members = train.sample_masks(model, cfg, y, [0, 1], 4)[:, :, 0].numpy().astype(np.float64)
-    for x, path in zip(members, paths):
-        mean, spread = (
-            ((x + 1) / 2).mean(0),
-            ((x + 1) / 2).std(0),
-        )  # of masks in [0, 1]; the spread is at most 1/2
-        found = {
-            kind: read(lung / "samples" / f"{path.stem}-{kind}.png")
-            for kind in ("mask", "mean", "disagreement")
-        }
+    members = evaluate.sample_masks(model, cfg, y, [0, 1], 4)[:, :, 0].numpy().astype(np.float64)
+    for x, path in zip(members, paths, strict=True):
+        mean, spread = ((x + 1) / 2).mean(0), ((x + 1) / 2).std(0)
+        names = {kind: f"{path.stem}-{kind}.png" for kind in ("mask", "mean", "disagreement")}
+        found = {kind: read(lung / "samples" / name) for kind, name in names.items()}
         assert np.abs(found["mean"] - 255 * mean).max() < 0.6
-        assert (
-            np.abs(found["disagreement"] - 510 * spread).max() < 0.6
-            and found["disagreement"].max() > 100
-        )
+        assert np.abs(found["disagreement"] - 510 * spread).max() < 0.6
+        assert found["disagreement"].max() > 100
         sure = np.abs(mean - 0.5) > 1e-3
         assert np.array_equal(found["mask"][sure], 255 * (mean > 0.5)[sure])
 
@@ -286,7 +289,7 @@ def test_half_inside_and_half_outside_is_the_largest_disagreement(
     lung, call, tmp_path, monkeypatch
 ):
     halves = torch.tensor([-1.0, 1.0, 1.0, -1.0]).reshape(1, 4, 1, 1, 1).expand(1, 4, 1, S, S)
-    monkeypatch.setattr(train, "sample_masks", lambda *args, **kwargs: halves)
+    monkeypatch.setattr(evaluate, "sample_masks", lambda *args, **kwargs: halves)
     path = xrays(tmp_path / "in", 1, (40, 24))[0]
     assert call(lung, "--images", path, "--ensemble", 4)[0] == 0
     disagreement = read(lung / "samples" / "x0-disagreement.png")
@@ -294,62 +297,55 @@ def test_half_inside_and_half_outside_is_the_largest_disagreement(
 
 
 def test_nan_is_not_an_empty_mask(lung, call, tmp_path, monkeypatch):
+    """It is an error, and nothing is written."""
     monkeypatch.setattr(ConditionalUNet, "denoise", lambda self, xt, t, e: xt * torch.nan)
     with pytest.raises(ValueError, match="nan"):
         call(lung, "--images", *xrays(tmp_path / "in", 1))
     assert not contents(lung / "samples")
 
 
-def test_one_mask_has_no_ensemble_pictures_and_the_runs_own_ensemble_is_the_default(tmp_path, call):
-    run, path = write_run(tmp_path / "run", config(ensemble=3)), xrays(tmp_path / "in", 1)[0]
+def test_one_mask_has_no_ensemble_pictures_and_the_runs_own_ensemble_is_the_default(
+    tmp_path, call, overlays
+):
+    run, path = write_run(tmp_path / "run", settings(ensemble=3)), xrays(tmp_path / "in", 1)[0]
     assert call(run, "--images", path, "--ensemble", 1, "--out", tmp_path / "one")[0] == 0
     assert set(contents(tmp_path / "one")) == {"x0-mask.png", "x0-overlay.png"}
+    assert overlays[-1]["what"] == "sampled mask"
     assert "4 files (all new)" in call(run, "--images", path)[1]
-    assert set(contents(run / "samples")) == {
-        f"x0-{kind}.png" for kind in ("mask", "overlay", "mean", "disagreement")
-    }
+    kinds = ("mask", "overlay", "mean", "disagreement")
+    assert set(contents(run / "samples")) == {f"x0-{kind}.png" for kind in kinds}
 
 
-# scores
+# ---------------------------------------- scores
 
 
 def test_the_table_is_that_of_the_mask_files(lung, call, tmp_path):
-    """§4.3 at the X-ray's own size; the last line pools the pixels of X-rays of different size."""
+    """§4.3 at the X-ray's own size; the last line pools the pixels of X-rays of different size.
+
+    The third truth is empty, so its row has nan.
+    """
     sizes, rng, images, masks = [(S, S), (30, 50), (41, 7)], np.random.default_rng(1), [], []
     for i, size in enumerate(sizes):
-        images.append(
-            save(tmp_path / "in" / f"x|{i}.png", rng.integers(0, 256, size, dtype=np.uint8))
-        )
+        image = rng.integers(0, 256, size, dtype=np.uint8)
+        images.append(save(tmp_path / "in" / f"x|{i}.png", image))
         true = rng.random(size) < 0.3 if i < 2 else np.zeros(size, bool)
         masks.append(save(tmp_path / "true" / f"x|{i}.png", np.uint8(255) * true))
     _, out, _ = call(lung, "--images", *images, "--masks", *masks)
     assert "7 files (all new)" in out and out.endswith("scores.md\n")
     text = (lung / "samples" / "scores.md").read_text()
-    assert text.strip() in out and "nan is 0/0" in text  # the third truth is empty
-    rows = [
-        line.replace(r"\|", "_").strip("|").split("|")
-        for line in text.splitlines()
-        if line.startswith("|")
-    ]
-    assert [cell.strip() for cell in rows[0]] == ["image", *metrics.NAMES]
+    assert text.strip() in out and "nan is 0/0" in text
+    lines = [line.replace(r"\|", "_") for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+    assert rows[0] == ["image", *metrics.NAMES]
     found = [read(lung / "samples" / f"{p.stem}-mask.png") > 0 for p in images]
     true = [read(p) > 0 for p in masks]
-    pairs = [
-        *zip(found, true),
-        [np.concatenate([a.ravel() for a in arrays]) for arrays in (found, true)],
-    ]
+    together = [np.concatenate([a.ravel() for a in arrays]) for arrays in (found, true)]
     assert len(rows) == 2 + 4
-    for row, (a, b) in zip(rows[2:], pairs):
+    for row, (a, b) in zip(rows[2:], [*zip(found, true), together], strict=True):
         expected = metrics.scores(metrics.confusion(a[None], b[None]).pooled())
-        assert [cell.strip(" *") for cell in row[1:]] == [
-            f"{expected[name]:.4f}" for name in metrics.NAMES
-        ]
-    assert [row[0].strip() for row in rows[2:]] == [
-        "x_0.png",
-        "x_1.png",
-        "x_2.png",
-        "**all pixels together**",
-    ]
+        assert row[1:] == [f"{expected[name]:.4f}" for name in metrics.NAMES]
+    assert "**all pixels together**" in lines[-1]
+    assert [row[0] for row in rows[2:]] == ["x_0.png", "x_1.png", "x_2.png", "all pixels together"]
 
 
 def test_no_table_without_masks(lung, call, tmp_path):
@@ -357,22 +353,19 @@ def test_no_table_without_masks(lung, call, tmp_path):
     assert "DICE" not in out and "scores.md" not in contents(lung / "samples")
 
 
-# pictures
+# ---------------------------------------- pictures
 
 
 def test_the_overlay_shows_the_xray_the_written_mask_and_the_true_one(
     lung, call, tmp_path, overlays
 ):
-    path = save(
-        tmp_path / "in" / "a.png",
-        np.random.default_rng(0).integers(0, 65536, (30, 50), dtype=np.uint16),
-    )
+    image = np.random.default_rng(0).integers(0, 65536, (30, 50), dtype=np.uint16)
+    path = save(tmp_path / "in" / "a.png", image)
     true = save(tmp_path / "a-true.png", np.uint8(255) * np.eye(30, 50, dtype=bool))
     assert call(lung, "--images", path, "--masks", true)[0] == 0
     (given,) = overlays
-    assert np.array_equal(given["image"], data.read_gray(path)) and np.array_equal(
-        given["true"], read(true) > 0
-    )
+    assert np.array_equal(given["image"], data.read_gray(path))
+    assert np.array_equal(given["true"], read(true) > 0)
     assert np.array_equal(given["mask"], read(lung / "samples" / "a-mask.png") > 0)
     assert given["title"] == "a\nlung, none, trained on X-rays, step 7; not for diagnosis"
 
@@ -393,28 +386,30 @@ def test_save_overlay_draws_outlines_where_the_masks_are(tmp_path):
 
     assert columns(figures.SAMPLED, mask=left) == pytest.approx((0.1, 0.3), abs=0.02)
     assert columns(figures.TRUE, mask=left) is None
-    assert columns(figures.TRUE, mask=left, true=right) == pytest.approx((0.7, 0.9), abs=0.02)
+    both = columns(figures.TRUE, mask=left, true=right)
+    assert both == pytest.approx((0.7, 0.9), abs=0.02)
     assert columns(figures.SAMPLED, mask=right & left) is None  # an empty mask has no outline
     draw(tmp_path / "row.png", gray[:1], left[25:26], "", left[25:26])  # nor has one row of pixels
 
 
-# synthesis
+# ---------------------------------------- synthesis
 
 
 def test_synthesis_writes_n_xrays_and_the_grid(synthesis, call, monkeypatch):
+    """The X-rays of evaluate.sample_images, one file each, and all of them in one picture."""
     grids, save_image_grid = [], figures.save_image_grid
-    monkeypatch.setattr(
-        figures, "save_image_grid", lambda *args: grids.append(args) or save_image_grid(*args)
-    )
+
+    def recorded(*args):
+        grids.append(args)
+        save_image_grid(*args)
+
+    monkeypatch.setattr(figures, "save_image_grid", recorded)
     status, out, _ = call(synthesis, "-n", 3)
     names = ["sample-0000.png", "sample-0001.png", "sample-0002.png", "samples.png"]
-    assert (
-        status == 0
-        and sorted(contents(synthesis / "samples")) == names
-        and all(name in out for name in names)
-    )
-    model, cfg, _ = train.load_run(synthesis)
-    expected = data.to_uint8(train.sample_images(model, cfg, range(3)))
+    assert status == 0 and sorted(contents(synthesis / "samples")) == names
+    assert all(name in out for name in names)
+    model, cfg, _ = runs.load_run(synthesis)
+    expected = data.to_uint8(evaluate.sample_images(model, cfg, range(3)))
     written = np.stack([read(synthesis / "samples" / name)[None] for name in names[:3]])
     assert np.array_equal(written, expected) and np.array_equal(grids[0][1], expected)
     assert read(synthesis / "samples" / "samples.png").std() > 0
@@ -423,70 +418,75 @@ def test_synthesis_writes_n_xrays_and_the_grid(synthesis, call, monkeypatch):
 def test_xray_i_is_the_same_whatever_n_and_another_with_another_seed(
     synthesis, call, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(figures, "save_image_grid", lambda path, *args: path.write_bytes(b"drawn"))
+    """Also where they go through the network in two chunks. 16 are drawn without -n."""
+    monkeypatch.setattr(figures, "save_image_grid", lambda path, *_: path.write_bytes(b"drawn"))
     monkeypatch.setattr(sample, "GRID", 2)
     assert call(synthesis, "-n", 2, "--out", tmp_path / "two")[0] == 0
-    monkeypatch.setattr(
-        train, "in_pieces", lambda work, rows, *_: ((r, work(r)) for r in np.array_split(rows, 2))
-    )
+    monkeypatch.setattr(devices, "in_chunks", chunks_of(2))
     assert call(synthesis, "-n", 5, "--out", tmp_path / "five")[0] == 0
     assert call(synthesis, "-n", 2, "--seed", 1, "--out", tmp_path / "other")[0] == 0
     assert call(synthesis, "--out", tmp_path / "default")[0] == 0
-    get = lambda folder, i: read(tmp_path / folder / f"sample-{i:04}.png").astype(int)
+
+    def drawn(folder, i):
+        return read(tmp_path / folder / f"sample-{i:04}.png").astype(int)
+
     for i in range(2):
-        assert np.abs(get("two", i) - get("five", i)).max() <= 1
-        assert np.abs(get("two", i) - get("other", i)).mean() > 5
-    assert len({get("five", i).tobytes() for i in range(5)}) == 5
+        assert np.abs(drawn("two", i) - drawn("five", i)).max() <= 1
+        assert np.abs(drawn("two", i) - drawn("other", i)).mean() > 5
+    assert len({drawn("five", i).tobytes() for i in range(5)}) == 5
     assert len(contents(tmp_path / "default")) == 16 + 1
 
 
 def test_the_grid_holds_the_first_64(synthesis, call, monkeypatch):
+    """Of 70 X-rays; its title says so."""
     grids = []
-    monkeypatch.setattr(
-        figures, "save_image_grid", lambda path, *args: path.touch() or grids.append(args)
-    )
+
+    def recorded(path, *args):
+        path.touch()
+        grids.append(args)
+
+    monkeypatch.setattr(figures, "save_image_grid", recorded)
     assert call(synthesis, "-n", 70, "--ddim-steps", 1)[0] == 0
     first = [read(synthesis / "samples" / f"sample-{i:04}.png")[None] for i in range(64)]
     assert np.array_equal(grids[0][0], np.stack(first)) and "first 64 of 70" in grids[0][1]
 
 
-# files and words
+# ---------------------------------------- files and words
 
 
 def test_nothing_but_earlier_results_of_the_same_name_is_replaced(lung, call, tmp_path):
-    a, b = xrays(tmp_path / "in", 2)
-    before = contents(tmp_path / "in")
-    assert (
-        "2 files (all new): x0-mask.png, x0-overlay.png"
-        in call(lung, "--images", a, "--out", tmp_path / "in")[1]
-    )
-    (tmp_path / "in" / "notes.txt").write_text("mine")
-    kept = contents(tmp_path / "in")
-    out = call(lung, "--images", a, b, "--out", tmp_path / "in", "--seed", 1)[1]
-    after = contents(tmp_path / "in")
-    assert "4 files (2 of them replaced)" in out and after["x0-mask.png"] != kept["x0-mask.png"]
+    """The folder of results is that of the X-rays, and holds a file of the user."""
+    folder = tmp_path / "in"
+    a, b = xrays(folder, 2)
+    before = contents(folder)
+    out = call(lung, "--images", a, "--out", folder)[1]
+    assert "2 files (all new): x0-mask.png, x0-overlay.png" in out
+    (folder / "notes.txt").write_text("mine")
+    between = contents(folder)
+    out = call(lung, "--images", a, b, "--out", folder, "--seed", 1)[1]
+    after = contents(folder)
+    assert "4 files (2 of them replaced)" in out
+    assert after["x0-mask.png"] != between["x0-mask.png"]
     assert after["notes.txt"] == b"mine" and before.items() <= after.items()
-    assert set(after) == {*kept, "x1-mask.png", "x1-overlay.png"}
+    assert set(after) == {*between, "x1-mask.png", "x1-overlay.png"}
 
 
 @pytest.mark.parametrize("given", ["file", "link"])
 @pytest.mark.parametrize("link", [None, os.link, os.symlink])
 def test_a_file_of_the_user_is_never_overwritten(lung, call, tmp_path, link, given):
-    """The user's own true mask, or a link to it, is called like the result, in the folder to write to."""
-    image = xrays(tmp_path / "in", 1)[0]
-    true = save(
-        tmp_path / ("in" if link is None else "true") / "x0-mask.png", np.zeros((S, S), np.uint8)
-    )
+    """The user's own true mask, or a link to it, is called like the result, and in its folder."""
+    folder = tmp_path / "in"
+    image = xrays(folder, 1)[0]
+    home = folder if link is None else tmp_path / "true"
+    true = save(home / "x0-mask.png", np.zeros((S, S), np.uint8))
     if link:
-        link(true, tmp_path / "in" / "x0-mask.png")
-    true = tmp_path / "in" / "x0-mask.png" if given == "link" else true
-    before = contents(tmp_path / "in")
-    status, _, err = call(lung, "--images", image, "--masks", true, "--out", tmp_path / "in")
-    assert (
-        status == 2
-        and "x0-mask.png would be overwritten by a result of that name; choose another --out" in err
-    )
-    assert contents(tmp_path / "in") == before
+        link(true, folder / "x0-mask.png")
+    true = folder / "x0-mask.png" if given == "link" else true
+    before = contents(folder)
+    status, _, err = call(lung, "--images", image, "--masks", true, "--out", folder)
+    rule = "x0-mask.png would be overwritten by a result of that name; choose another --out"
+    assert status == 2 and rule in err
+    assert contents(folder) == before
 
 
 def test_results_go_beside_a_checkpoint_file_too(lung, call, tmp_path):
@@ -496,83 +496,81 @@ def test_results_go_beside_a_checkpoint_file_too(lung, call, tmp_path):
 
 
 def test_a_model_of_phantoms_says_so(tmp_path, call, overlays):
-    paths = xrays(tmp_path / "in", 1)
+    """On stdout and in the picture; a model of X-rays does not."""
+    paths, said = xrays(tmp_path / "in", 1), "trained on phantoms, generated images: "
     for phantoms in (True, False):
-        run = write_run(tmp_path / str(phantoms), config(phantoms=phantoms))
+        run = write_run(tmp_path / str(phantoms), settings(phantoms=phantoms))
         out = call(run, "--images", *paths)[1]
-        assert (
-            "trained on phantoms, generated images: what it makes of a real X-ray means nothing"
-            in out
-        ) == phantoms
+        assert (said + "what it makes of a real X-ray means nothing" in out) == phantoms
         assert ("trained on phantoms" in overlays[-1]["title"]) == phantoms
-    out = call(write_run(tmp_path / "synthesis", config("synthesis", phantoms=True)), "-n", 1)[1]
-    assert "trained on phantoms, generated images: what it draws are phantoms, not X-rays" in out
+    run = write_run(tmp_path / "synthesis", settings("synthesis", phantoms=True))
+    assert said + "what it draws are phantoms, not X-rays" in call(run, "-n", 1)[1]
 
 
 def test_an_xray_of_12_bits_in_16_is_remarked_on(lung, call, tmp_path):
     path = save(tmp_path / "in" / "a.png", np.full((S, S), 4095, np.uint16))
-    assert (
-        f"{path}: is very dark, its brightest pixel is 16 of 255" in call(lung, "--images", path)[1]
-    )
+    remark = f"{path}: is very dark, its brightest pixel is 16 of 255"
+    assert remark in call(lung, "--images", path)[1]
     assert "very dark" not in call(lung, "--images", *xrays(tmp_path / "in", 1))[1]
 
 
 def test_bf16_of_a_gpu_run_is_fp32_where_bf16_is_slow(monkeypatch):
     args = sample.parse(["run"])
     for fast, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(train, "bf16_is_fast", lambda device, fast=fast: fast)
-        assert (
-            sample.configure(args, config(precision="bf16"), torch.device("cpu")).precision
-            == expected
-        )
-    assert sample.configure(args, config(precision="fp32"), torch.device("cpu")).precision == "fp32"
+        monkeypatch.setattr(devices, "bf16_is_fast", lambda device, fast=fast: fast)
+        assert sample.configure(args, settings(precision="bf16"), CPU).precision == expected
+    assert sample.configure(args, settings(precision="fp32"), CPU).precision == "fp32"
 
 
 def test_ctrl_c_leaves_whole_files_and_one_line(synthesis, call, monkeypatch):
-    monkeypatch.setattr(
-        train,
-        "in_pieces",
-        lambda work, rows, *_: ((r, work(r)) for r in np.array_split(rows, len(rows))),
-    )
-    real = train.sample_images
+    """At the third X-ray: the first two are there."""
+    monkeypatch.setattr(devices, "in_chunks", chunks_of(4))
+    real = evaluate.sample_images
 
     def stop_at_2(model, cfg, index, *args, **kwargs):
         if 2 in index:
             raise KeyboardInterrupt
         return real(model, cfg, index, *args, **kwargs)
 
-    monkeypatch.setattr(train, "sample_images", stop_at_2)
+    monkeypatch.setattr(evaluate, "sample_images", stop_at_2)
     status, _, err = call(synthesis, "-n", 4)
-    assert status == 130 and err == "\nsample.py: stopped; the files written until now are whole\n"
+    assert status == 130
+    assert err == "\nsample.py: stopped; the files written until now are whole\n"
     assert sorted(contents(synthesis / "samples")) == ["sample-0000.png", "sample-0001.png"]
 
 
-# refusals
+# ---------------------------------------- refusals
 
-MENDABLE = {  # arguments -> the end of the one line
+# L and Y are the folders of the two runs
+N_IS_SYNTHESIS = "-n draws X-rays from a synthesis run; L is a lung run: give --images"
+SYNTHESIS_HAS_N = "is about masks; Y is a synthesis run, which draws X-rays: give -n"
+TWO_OF_A_NAME = "would both become L/samples/{}-mask.png; segment them in two calls"
+SEEDS = "--seed must be between 0 and 2^63 - 1, got"
+MENDABLE = {  # arguments -> what the one line says
     "lung": "L is a lung run: give the X-rays to segment with --images FILE...",
-    "lung -n 3": "-n draws X-rays from a synthesis run; L is a lung run: give --images",
-    "lung -n 3 --images x0": "-n draws X-rays from a synthesis run; L is a lung run: give --images",
+    "lung -n 3": N_IS_SYNTHESIS,
+    "lung -n 3 --images x0": N_IS_SYNTHESIS,
     "lung --masks m0": "--masks are the true masks of --images, and there are no --images",
     "lung --images x0 x1 --masks m0": "--masks must be as many as --images, got 1 for 2",
     "lung --images x0 --masks wide": "wide.png: is 20x10 pixels, its image x0.png is 16x16",
-    "lung --images x0 --masks x1": "x1.png: a mask has the values 0 and 255, or 0 and 1; found 0, 2, 3, 4, 5, ... (",
+    "lung --images x0 --masks x1": "x1.png: a mask has the values 0 and 255, or 0 and 1; found "
+    "0, 2, 3, 4, 5, ... (",
     "lung --images x0 none": "none.png: cannot be read: [Errno 2] No such file or directory:",
     "lung --images x0 text": "text.png: cannot be read: not an image file",
     "lung --images x0 colour": "colour.png: coloured pixels, a gray image (R = G = B) is wanted",
-    "lung --images x0 x0": "x0.png and x0.png would both become L/samples/x0-mask.png; segment them in two calls",
-    "lung --images x0 sub/X0": "x0.png and sub/X0.png would both become L/samples/X0-mask.png; segment them in two",
+    "lung --images x0 x0": f"x0.png and x0.png {TWO_OF_A_NAME.format('x0')}",
+    "lung --images x0 sub/X0": f"x0.png and sub/X0.png {TWO_OF_A_NAME.format('X0')}",
     "lung --images x0 --ensemble 0": "--ensemble must be at least 1, got 0",
     "lung --images x0 --ensemble 65": "--ensemble must be at most 64, got 65",
     "lung --images x0 --ddim-steps 0": "--ddim-steps must be at least 1, got 0",
     "lung --images x0 --ddim-steps 1001": "--ddim-steps must be at most T = 1000, got 1001",
-    "lung --images x0 --seed -1": "--seed must be between 0 and 2^63 - 1, got -1",
-    "lung --images x0 --seed 9223372036854775808": "--seed must be between 0 and 2^63 - 1, got 9223372036854775808",
+    "lung --images x0 --seed -1": f"{SEEDS} -1",
+    "lung --images x0 --seed 9223372036854775808": f"{SEEDS} 9223372036854775808",
     "lung --images": "argument --images: expected at least one argument",
     "lung --out text --images x0": "text.png'",
-    "synthesis --images x0": "--images is about masks; Y is a synthesis run, which draws X-rays: give -n",
-    "synthesis --images x0 --masks m0": "--images is about masks; Y is a synthesis run, which draws X-rays: give -n",
-    "synthesis --ensemble 2": "--ensemble is about masks; Y is a synthesis run, which draws X-rays: give -n",
+    "synthesis --images x0": f"--images {SYNTHESIS_HAS_N}",
+    "synthesis --images x0 --masks m0": f"--images {SYNTHESIS_HAS_N}",
+    "synthesis --ensemble 2": f"--ensemble {SYNTHESIS_HAS_N}",
     "synthesis -n 0": "-n must be at least 1, got 0",
     "none -n 2": "none.png: no checkpoint there",
     "text -n 2": "text.png: not a checkpoint of train.py, or a damaged one (",
@@ -585,6 +583,7 @@ MENDABLE = {  # arguments -> the end of the one line
 def test_what_cannot_be_is_refused_in_one_line_before_any_work(
     lung, synthesis, call, tmp_path, monkeypatch, line
 ):
+    """No sample is drawn, nothing is shown but the progress of reading, no file is written."""
     monkeypatch.chdir(tmp_path)
     files = xrays(tmp_path, 2)
     save(tmp_path / "sub" / "X0.png", read(files[0]))
@@ -596,27 +595,18 @@ def test_what_cannot_be_is_refused_in_one_line_before_any_work(
     names = ("x0", "x1", "sub/X0", "m0", "wide", "colour", "text", "damaged", "none")
     before = sorted(tmp_path.rglob("*"))
     for function in ("sample_masks", "sample_images"):
-        monkeypatch.setattr(train, function, lambda *args, **kwargs: pytest.fail("work was begun"))
+        monkeypatch.setattr(evaluate, function, lambda *_, **__: pytest.fail("work was begun"))
     status, out, err = call(*(f"{word}.png" if word in names else word for word in line.split()))
     message = err.splitlines()[-1]
     progress = [text for text in err.splitlines()[:-1] if not text.startswith("reading")]
-    expected = (
-        MENDABLE[line]
-        .replace("Y is", "synthesis is")
-        .replace("L is", "lung is")
-        .replace("L/", "lung/")
-    )
+    expected = MENDABLE[line].replace("Y is", "synthesis is")
+    expected = expected.replace("L is", "lung is").replace("L/", "lung/")
     assert status == 2 and message.startswith("sample.py: error: ") and expected in message
     assert out == "" and not progress and sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_device_that_is_not_there_is_refused(lung, call, tmp_path, capsys):
-    assert (
-        sample.main(
-            [str(lung), "--images", str(xrays(tmp_path / "in", 1)[0]), "--device", "abacus"]
-        )
-        == 2
-    )
-    assert (
-        "sample.py: error: --device must be cuda, mps or cpu, got abacus" in capsys.readouterr().err
-    )
+def test_a_device_that_is_not_there_is_refused(lung, tmp_path, capsys):
+    image = xrays(tmp_path / "in", 1)[0]
+    assert sample.main([str(lung), "--images", str(image), "--device", "abacus"]) == 2
+    message = "sample.py: error: --device must be cuda, mps or cpu, got abacus"
+    assert message in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ import config
 import data
 import evaluate
 import phantoms
-import runs
 import studies
 from console import UserError
 from test_probes import healthy, ideal
@@ -98,6 +96,23 @@ def test_sec41_an_ideal_network_of_healthy_xrays_finds_every_infected_pixel_and_
     assert seen == [(1, 2), (2, 2)]
 
 
+def test_every_xray_has_its_map_and_its_noise_however_many_there_are(monkeypatch):
+    """18 X-rays, in two calls of the network: a map stands in its row, and has the noise of it."""
+    images = np.random.default_rng(0).integers(0, 256, (18, 1, 4, 4), np.uint8)
+    chests = studies.Chests(np.arange(5, 23), images, None, None)
+    asked, shares = [], []
+
+    def maps(model, cfg, x, index, device):
+        asked.append(index.tolist())
+        return {"X-ray": x}
+
+    monkeypatch.setattr(studies, "anomaly_maps", maps)
+    found = studies.maps_of(None, None, chests, CPU, shares.append)
+    assert np.array_equal(found["X-ray"], data.to_float(images))
+    assert np.array_equal(found["gray value itself"], images)
+    assert asked == [list(range(5, 21)), [21, 22]] and shares == [16 / 18, 1]
+
+
 def test_sec41_a_map_is_the_mean_of_its_neighbourhood_and_needs_nothing_beyond_the_edge():
     """Squares of 5; at the border the mean of the pixels that are there."""
     x = torch.zeros(1, 1, 9, 9)
@@ -146,6 +161,17 @@ def test_sec41_both_learners_find_bright_pixels_from_a_few_images(learner):
     assert not torch.allclose(p, other)
 
 
+def test_sec41_from_scratch_begins_with_weights_of_its_own_seed():
+    """With one labelled image there is no order to differ in: same seed, same answer."""
+    (x, positive), (unseen, _), cfg = bright_images(1, 0), bright_images(1, 1), settings()
+
+    def answer(seed):
+        return studies.from_scratch(cfg, x, positive, seed, CPU, steps=3)(unseen)
+
+    first = answer(0)
+    assert torch.equal(answer(0), first) and not torch.allclose(answer(1), first)
+
+
 def test_sec41_both_learners_see_the_same_few_images_and_all_of_validation(root, monkeypatch):
     """In a draw the fewer are among the more; DICE 1 for the truth and 0 for its opposite."""
     given, true = [], torch.zeros(2, 1, SIDE, SIDE, dtype=torch.bool)
@@ -167,7 +193,7 @@ def test_sec41_both_learners_see_the_same_few_images_and_all_of_validation(root,
     assert all(row["probe"] == 1 and row["from scratch"] == 0 for row in rows)
     for a, b in zip(given[::2], given[1::2], strict=True):
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2]
-    assert [len(x) for x, _, _ in given[::2]] == [1, 2] * 3
+    assert [(len(x), draw) for x, _, draw in given[::2]] == found
     for fewer, more in zip(given[::4], given[2::4], strict=True):
         assert torch.equal(fewer[0][0], more[0][0])
     assert all(torch.equal(positive, true[: len(x)]) for x, positive, _ in given)
@@ -210,6 +236,19 @@ def test_the_command_prints_its_table_and_writes_its_numbers(
     assert studies.main(["labels", run(classes=data.CLASSES), *words]) == 0
     assert "| 5 | 1.0000 ± 0.7071 | 0.2500 ± 0.0000 |" in capsys.readouterr().out
     assert json.loads(out.read_text())["rows"] == rows
+
+
+def test_a_run_on_phantoms_gets_those_with_the_masks_of_the_study(run, monkeypatch, capsys):
+    """A synthesis run has drawn the lung tree alone; infections are in the other one."""
+    drawn = []
+    monkeypatch.setattr(phantoms, "ensure_phantoms", lambda task, progress: drawn.append(task))
+    monkeypatch.setattr(studies, "anomalies", lambda *_: {"maps": {}})
+    monkeypatch.setattr(studies, "few_labels", lambda *_: [])
+    folder = run(phantoms=True, data=str(phantoms.PHANTOMS))
+    for words in (["anomalies"], ["labels"], ["labels", "--task", "lung"]):
+        assert studies.main([words[0], folder, *words[1:], "--device", "cpu"]) == 0
+        assert capsys.readouterr().out.startswith(f"phantoms, {folder}, step 7\n")
+    assert drawn == [*("synthesis", "infection") * 2, "synthesis", "lung"]
 
 
 EVERY_CLASS = "healthy X-rays alone (--classes Normal), got COVID-19, Non-COVID, Normal"
