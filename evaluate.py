@@ -335,9 +335,10 @@ def comparison(results):
                 columns.append((f"report: {task}, {cond}", numbers))
         for run in runs:
             kind = "phantoms" if run["config"]["phantoms"] else "X-rays"
+            how = config.kind_of(config.from_dict(run["config"]))
             pooled = run["evaluation"]["Val"]["pooled"]
             numbers = [f"{pooled[name]:.4f}" for name in metrics.NAMES]
-            columns.append((f"{kind}: {task}, {run['config']['cond']}", numbers))
+            columns.append((f"{kind}: {how}", numbers))
     titles, columns = zip(*columns)
     return "\n".join([row_of(titles), "|---" * len(titles) + "|", *map(row_of, zip(*columns))])
 

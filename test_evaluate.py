@@ -264,7 +264,6 @@ def test_published_runs_stand_beside_the_reports_tables():
     assert "infection" not in evaluate.comparison([result("lung", "add")])
 
 
-@pytest.mark.xfail(strict=True, reason="comparison says cond alone, which is None here")
 def test_a_published_supervised_run_is_named_by_its_model():
     """As everywhere: config.kind_of."""
     title = evaluate.comparison([result("lung", None, model="unet")]).splitlines()[0]

@@ -308,18 +308,20 @@ def seconds_a_step(cfg, device):
         losses[-1].item()  # waits for the device
         return (time.monotonic() - start) / 2
 
-    one = timed(1)
-    n = min(cfg.batch_size, int(5 / one))
-    return timed(n) * cfg.batch_size / n if n > 1 else one * cfg.batch_size
+    least = devices.world()  # an image for each process
+    first = timed(least)
+    n = min(cfg.batch_size, int(5 * least / first))
+    each = timed(n) / n if n > least else first / least
+    return each * cfg.batch_size
 
 
 # ---------------------------------------- the command
 
 
-def dry_run(args, cfg, path, device):
+def dry_run(args, cfg, path, step, device):
     """What the run would be, in lines: settings, images, steps and time. Nothing is written."""
     where, sizes = runs.images_found(args, cfg)
-    cfg = runs.with_steps(cfg, sizes["Train"])
+    cfg = dataclasses.replace(runs.with_steps(cfg, sizes["Train"]), data="")
     lines = [f"{path} on {device}", config.describe(cfg, words=True), f"  data             {where}"]
     lines.append(runs.describe_sizes(cfg, sizes))
     room, needed = devices.free_memory(device), 20 * config.parameters(config.without_memory(cfg))
@@ -327,8 +329,9 @@ def dry_run(args, cfg, path, device):
         much = f"weights and optimiser take {needed / 1e9:.0f} GB, {room / 1e9:.0f} GB are free"
         return "\n".join([*lines, f"  time             not measured: {much}"])
     each = seconds_a_step(cfg, device)
-    total = clock(evaluate.time_left(cfg, sizes, 0, each))
-    lines.append(f"  time             about {total} ({each:.1f} s a step, evaluations included)")
+    sizes.pop("Test", None)  # it is evaluated once
+    total = clock(evaluate.time_left(cfg, sizes, step, each))
+    lines.append(f"  time             about {total} ({each:.2f} s a step, evaluations included)")
     return "\n".join(lines)
 
 
@@ -340,7 +343,8 @@ def start(args, command):
     if args.test and cfg.task == "synthesis":
         raise UserError("--test evaluates masks; --task synthesis has none")
     if args.dry_run:
-        message(dry_run(args, cfg, path, device))
+        step = checkpoint["step"] if checkpoint else 0
+        message(dry_run(args, cfg, path, step, device))
         return 0
     cfg, splits = runs.load_splits(args, cfg, checkpoint, path)
     test = {"Test": splits.pop("Test")} if args.test else {}
