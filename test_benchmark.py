@@ -614,16 +614,19 @@ def known_machine(monkeypatch):
 
 def test_the_command_prints_its_table_and_writes_its_numbers(known_machine, tmp_path, capsys):
     """All measurements at the smallest size; shares and rates agree with their seconds."""
-    file = tmp_path / "b.json"
-    assert benchmark.main([*COMMAND, "--decode", "1000", "--out", str(file)]) == 0
+    file, words = tmp_path / "b.json", "--decode 1000 --ddim-steps 3".split()
+    assert benchmark.main([*COMMAND, *words, "--out", str(file)]) == 0
     result = json.loads(file.read_text())
     m = result["measured"]
     assert m["training images/s"] == pytest.approx(2 / m["seconds a training step"])
-    flops = 3 * benchmark.flops_of_a_pass(tiny(image_size=64)) * 2 * 2  # two images, two noises
+    a_pass = benchmark.flops_of_a_pass(tiny(image_size=64))
+    flops = 3 * a_pass * 2 * 2  # two images, two noises
     assert m["training FLOP a step"] == flops
     share = m["training share of matrix product"]
     assert share == pytest.approx(flops / m["seconds a training step"] / 1e12)
     assert m["training share of convolution"] == pytest.approx(2 * share)
+    samples = 3 * a_pass * m["sampling images/s, DDIM-3"]  # FLOP/s
+    assert m["sampling share of matrix product"] == pytest.approx(samples / 1e12)
     assert m["training peak memory, GB"] == 0.5
     assert (m["decoding pairs/s"], m["cache pairs/s"]) == pytest.approx((400, 12000))
     assert result["decode"] == dict(images=1000, decoded=0.3, cached=0.01)
