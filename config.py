@@ -70,13 +70,13 @@ class Config:
     t_power: float = setting(1.0, "t has density t^(t_power - 1); 1: uniform", "Eq. (7)", None,
                              {"best masks": 4.0}, "diffusion", above=0)
     noises: int = setting(1, "noisy copies of each image; its X-ray is embedded once", "", None,
-                          {"best masks": 2}, "diffusion", least=1)
-    T: int = setting(1000, "diffusion steps", "§3.2", about="network", least=1)
+                          {"best masks": 2}, "diffusion", least=1, most=1000)
+    T: int = setting(1000, "diffusion steps", "§3.2", about="network", least=1, most=10**6)
 
     data: str = setting("", "folder of the images")
     phantoms: bool = setting(False, "whether the images are generated")
     classes: tuple = setting(CLASSES, "which images", "§3.1", IMAGES, DEFAULT_CLASSES)
-    image_size: int = setting(64, "side of the images in pixels", "§3.1", IMAGES, least=1)
+    image_size: int = setting(64, "side of an image in pixels", "§3.1", IMAGES, least=1, most=4096)
     augment: float = setting(0.0, "strength of the augmentation; 0: none", least=0, most=2)
 
     steps: int = setting(0, "gradient steps; 0: as many as the epochs take", "§4.4, §4.5", TRAINING,
@@ -96,17 +96,18 @@ class Config:
     seed: int = setting(0, "of weights, order and noise", "", TRAINING, least=0, below=2**63)
 
     channels: int = setting(192, "width of the first level", "§3.2", None,
-                            {"small": 16, "published": 64, "small published": 32}, least=2)
+                            {"small": 16, "published": 64, "small published": 32}, least=2,
+                            most=4096)
     channel_mult: tuple = setting((1, 2, 3, 4), "widths, times channels", "§3.2", about="network")
     blocks: int = setting(2, "residual blocks a level", "§3.2", None, {"small": 1}, "network",
-                          least=1)
+                          least=1, most=64)
     attention_levels: tuple = setting((1, 2, 3), "levels with attention; the first is 0", "§3.2",
                                       None, {"small": (3,)}, "network")
     head_channels: int = setting(64, "of an attention head", "§3.2", None, {"small": 16}, "network",
-                                 least=1)
+                                 least=1, most=4096)
     growth: int = setting(32, "of the embedder's RDBs", "[1]", None, {"small": 8}, "network",
-                          least=1)
-    rrdbs: int = setting(1, "RRDBs of the embedder", "§4.2", about="network", least=1)
+                          least=1, most=1024)
+    rrdbs: int = setting(1, "RRDBs of the embedder", "§4.2", about="network", least=1, most=64)
     rrdb: str = setting("report", "segdiff: with the residual scaling of [1]", "§4.2",
                         about="network", choices=("report", "segdiff"))
     stem: str = setting("own", "add: concat begins with the weights of addition", "§4.2",
@@ -119,7 +120,7 @@ class Config:
     eta: float = setting(0.0, "fresh noise in DDIM; 0: only x_T is random", "[18]",
                          about="diffusion", least=0, most=1)
     ensemble: int = setting(1, "masks averaged for one X-ray", "§4.3, [1]", SAMPLING,
-                            about="diffusion", least=1)
+                            about="diffusion", least=1, most=1000)
     eval_images: int = setting(512, "images of train and of validation an evaluation samples",
                                "§4.3", SAMPLING, {"small": 64}, least=2)
     evaluations: int = setting(10, "in a run", "§4.3", None, {"small": 2}, least=1)
@@ -139,8 +140,6 @@ class Config:
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Config)}
 FOUND = ("data", "phantoms")  # settings that nobody chooses: they say what --data led to
-
-
 FLAGS = [name for name, field in SETTINGS.items() if field.metadata["group"]]
 BY_SET = [name for name in SETTINGS if name not in FLAGS and name not in FOUND]
 

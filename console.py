@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import shutil
 import signal
 import sys
 import time
@@ -30,6 +31,19 @@ def out_of_memory(error):
     """Whether a RuntimeError says so. CUDA has a class for it, MPS and cuBLAS have only words."""
     words = ("out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+@contextlib.contextmanager
+def failure_named(path, size="room"):
+    """UserError where a file cannot be written, with its path; torch says so in a RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        if out_of_memory(e):
+            raise
+        why, free = getattr(e, "strerror", str(e)), shutil.disk_usage(path.parent).free / 1e6
+        needed = f"a new file needs {size} beside the old one, which stays; {free:.0f} MB are free"
+        raise UserError(f"{path}: not written: {str(why).splitlines()[0][:100]}; {needed}") from e
 
 
 def exit_status(program, work, less_memory, left_behind):

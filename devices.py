@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import os
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from console import Stopped, UserError, message, out_of_memory
 from unet import recompute_blocks
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # ---------------------------------------- device and precision
 
@@ -56,6 +62,14 @@ def autocast(cfg, device):
     """bf16 autocast where cfg.precision asks for it; parameters stay float32."""
     bf16 = cfg.precision == "bf16"
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
+
+
+def processor():
+    """The name of the CPU."""
+    for line in lines_of("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
 
 
 def laid_out(model, device):
@@ -234,6 +248,35 @@ def joined():
             stack.enter_context(contextlib.redirect_stderr(silence))
         yield
         distributed.destroy_process_group()  # not after an error: the others are not waited for
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """A folder that no other process of this machine writes to, until the context is left.
+
+    Process 0 holds the lock. Its death releases it too. Windows has no such lock. UserError:
+    another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank() or not fcntl:
+        yield
+        return
+    with opened(folder) as descriptor:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"{folder}: another run is writing there; choose another --out") from e
+        yield
+
+
+@contextlib.contextmanager
+def opened(folder):
+    """The descriptor of a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

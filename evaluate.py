@@ -289,31 +289,40 @@ def headline(measured):
 # ---------------------------------------- tables
 
 
-def markdown_table(cfg, line):
-    """An evaluation, as a line of log.jsonl, beside the report's Table 1 or 2; as Markdown."""
+def markdown_table(cfg, line, split="Val"):
+    """An evaluation, as a line of log.jsonl, beside the report's Table 1 or 2; as Markdown.
+
+    KeyError, TypeError or ValueError: the line is not an evaluation of such a run.
+    """
     what = f"step {line['step']}, {'phantoms' if cfg.phantoms else 'X-rays'}"
     if cfg.task == "synthesis":
         lines = [f"| synthesis, {what} | validation |", "|---|---|"]
         lines.append(f"| Train loss | {line['Train']['loss']:.4f} |")
-        val = {name: value for name, value in line["Val"].items() if name != "images"}
-        return "\n".join([*lines, *(f"| {name} | {value:.4f} |" for name, value in val.items())])
+        names = ("loss", "Fréchet distance", "Fréchet distance of two held-out halves")
+        return "\n".join([*lines, *(f"| {name} | {line['Val'][name]:.4f} |" for name in names)])
     number = {"lung": 1, "infection": 2}[cfg.task]
-    n, m = line["Train"]["images"], line["Val"]["images"]
+    n, m = line["Train"]["images"], line[split]["images"]
     columns = [
         f"{config.kind_of(cfg, ' masks')}, {what}",
         f"report, Table {number}: addition",
         "report: concatenation",
         f"here: {n} of train",
-        f"**here: {m} of validation**",
+        f"**here: {m} of {'validation' if split == 'Val' else split}**",
         "mean ± sd of the images",
     ]
     lines = [row_of(columns), "|---" * len(columns) + "|"]
     for name, (add, concat) in REPORT_TABLES[cfg.task].items():
-        mean, sd, _ = line["Val"]["per image"][name]
-        train, val = line["Train"]["pooled"][name], line["Val"]["pooled"][name]
+        mean, sd, _ = line[split]["per image"][name]
+        train, val = line["Train"]["pooled"][name], line[split]["pooled"][name]
         numbers = [f"{add:.4f}", f"{concat:.4f}", f"{train:.4f}", f"**{val:.4f}**"]
         lines.append(row_of([name, *numbers, f"{mean:.4f} ± {sd:.4f}"]))
     return "\n".join(lines)
+
+
+def tables(cfg, line, tested):
+    """{file: table} of an evaluation, and of Test where there is {"Test": as evaluate_masks}."""
+    files = {"table.md": markdown_table(cfg, line)}
+    return files | ({"test.md": markdown_table(cfg, line | tested, "Test")} if tested else {})
 
 
 def row_of(cells):

@@ -4,16 +4,22 @@ config.json   every setting             curves.png    loss and metrics
 log.jsonl     a line per log            masks.png     or samples.png
 last.pt       go on or sample from here
 best.pt       best validation DICE      table.md      beside the report's table
-results.json  all numbers
+results.json  all numbers               test.md       the table of Test, with --test
+
+A finished run stays as it is. Another evaluation of it is written to a folder of its own below
+evaluations, named ddim-2-x9-64: 2 steps of DDIM, the mean of 9 masks, 64 images.
 """
 
 import contextlib
 import dataclasses
 import json
 import math
+import operator
 import os
 import platform
+import re
 import subprocess
+import zipfile
 from pathlib import Path
 
 import torch
@@ -21,22 +27,31 @@ import torch
 import config
 import data
 import phantoms
-from console import UserError, progress_line
-from devices import first_process_first, laid_out, lines_of, rank, world
+from console import UserError, failure_named, message, progress_line
+from devices import first_process_first, laid_out, opened, processor, rank, world
+
+# What a killed write_whole leaves in a run folder
+TEMPORARY = r"\.(config|log|last|best|table|test|results|curves|masks|samples)\.\d+\.\w+"
 
 # ---------------------------------------- files
 
 
-def write_whole(path, write):
-    """write(temporary path), then rename: the file is there whole or not at all."""
+def write_whole(path, write, size="room"):
+    """write(temporary path), then rename: the file is there whole or not at all.
+
+    UserError: it cannot be written, as on a full disk, where it needs `size` more.
+    """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        with failure_named(path, size):
+            write(temporary)
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError), opened(path.parent) as descriptor:
+        os.fsync(descriptor)  # else a power cut can undo the rename; Windows opens no folder
 
 
 def as_json(content):
@@ -56,16 +71,25 @@ def as_text(text):
 class Log:
     """log.jsonl: a dict a line, each with its step. Process 0 writes it.
 
-    A run that goes on from `step` drops the lines after it, and a line that was cut off.
+    A run that goes on from `step` drops the lines after it, and those that are damaged: cut off,
+    or not as train.py writes them. table(line): an error in an evaluation that is not.
     """
 
-    def __init__(self, path, step=0):
-        self.path = path
-        self.lines = []
-        for text in lines_of(path):
-            with contextlib.suppress(ValueError):
+    def __init__(self, path, step=0, table=str):
+        self.path, self.lines, damaged = path, [], 0
+        for text in path.read_bytes().splitlines() if path.exists() else ():
+            try:
                 line = json.loads(text)
-                self.lines += [line] if line["step"] <= step else []
+                at = operator.index(line["step"])
+                if "lr" in line:
+                    float(line["loss"])
+                if "Val" in line:
+                    line["protocol"]["ddim_steps"], table(line)
+                self.lines += [line] if at <= step else []
+            except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
+                damaged += 1
+        if damaged:
+            message(f"{path}: {damaged} damaged lines are left out")
         if not rank():
             text = "".join(json.dumps(line) + "\n" for line in self.lines)
             write_whole(path, lambda f: f.write_text(text))
@@ -74,12 +98,13 @@ class Log:
         """Append a line."""
         self.lines.append(line)
         if not rank():
-            with open(self.path, "a") as f:
+            with failure_named(self.path), open(self.path, "a") as f:
                 f.write(json.dumps(line) + "\n")
 
-    def evaluations(self):
-        """The lines of evaluations, in order."""
-        return [line for line in self.lines if "Val" in line]
+    def evaluations(self, protocol=None):
+        """The lines of evaluations, in order; with a protocol, those under it alone."""
+        lines = [line for line in self.lines if "Val" in line]
+        return [line for line in lines if protocol in (None, line["protocol"])]
 
 
 # ---------------------------------------- checkpoints
@@ -101,9 +126,9 @@ def restore(trainer, checkpoint):
     trainer.step = checkpoint["step"]
     trainer.model.load_state_dict(checkpoint["model"])
     trainer.ema.load_state_dict(checkpoint["ema"])
-    optimizer = checkpoint["optimizer"]
-    fused = [group | {"fused": True} for group in optimizer["param_groups"]]  # older runs: False
-    trainer.optimizer.load_state_dict(optimizer | {"param_groups": fused})
+    groups = trainer.optimizer.state_dict()["param_groups"]  # the Config has all that is in them
+    moments = checkpoint["optimizer"]["state"]
+    trainer.optimizer.load_state_dict(dict(state=moments, param_groups=groups))
 
 
 def read_checkpoint(path):
@@ -117,11 +142,73 @@ def read_checkpoint(path):
         how = "python train.py --help shows how to train one"
         raise UserError(f"{path}: no checkpoint there; {how}")
     try:
+        written = path.stat().st_mtime_ns
+        with zipfile.ZipFile(path) as records:
+            rotten = records.testzip()  # torch.load compares no CRC-32; 0.6 s for 3.5 GB
+        if rotten:
+            raise UserError(f"{rotten} in it is not what was written")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint | {"config": config.from_dict(checkpoint["config"])}
+        checkpoint |= {"config": config_of(checkpoint["config"]), "written": written}
+        fault = fault_of(checkpoint)
     except Exception as e:
-        name = type(e).__name__
-        raise UserError(f"{path}: not a checkpoint of train.py, or a damaged one ({name})") from e
+        why = " ".join(str(e).split())[:200] if isinstance(e, UserError) else type(e).__name__
+        raise UserError(f"{path}: not a checkpoint of train.py, or a damaged one ({why})") from e
+    if fault:
+        raise UserError(f"{path}: {fault}")
+    return checkpoint
+
+
+def config_of(settings):
+    """The Config of a checkpoint. UserError: a setting of another type, or out of range."""
+    cfg = config.from_dict(settings)
+    for name, field in config.SETTINGS.items():
+        value, kinds = getattr(cfg, name), (int, float) if field.type is float else (field.type,)
+        wrong = type(value) not in kinds and (name, value) != ("cond", None)
+        if wrong or field.type is float and not math.isfinite(value):
+            raise UserError(f"{name} cannot be {value!r}")
+    levels = cfg.channel_mult + cfg.attention_levels
+    if len(levels) > 32 or any(type(n) is not int or not 0 <= n <= 64 for n in levels):
+        raise UserError(f"channel_mult and attention_levels cannot be {levels}")
+    config.check(cfg)
+    return cfg
+
+
+def fault_of(checkpoint):
+    """What is wrong with the numbers and tensors of a checkpoint, in words; None: nothing."""
+    for name, least in dict(step=0, images=1, minutes=0.0, command="").items():
+        value = checkpoint.get(name, least)
+        if type(value) is not type(least) or value < least or value == math.inf or value != value:
+            return f"its {name} cannot be {str(value)[:100]}"
+    network, step = config.without_memory(checkpoint["config"]), checkpoint["step"]
+    weights, count = network.state_dict(), torch.zeros(())
+    moments = [dict(step=count, exp_avg=p, exp_avg_sq=p) for p in network.parameters()]
+    state = checkpoint.get("optimizer", {}).get("state", {})
+    parts = [("ema", checkpoint["ema"], weights)]
+    if "model" in checkpoint:
+        parts.append(("model", checkpoint["model"], weights))
+        parts.append(("optimizer", state, dict(enumerate(moments)) if step else {}))
+    for name, found, expected in parts:
+        if form_of(found) != form_of(expected):
+            return f"its weights do not fit its configuration: {name}"
+        if not all(math.isfinite(n) for x in tensors_of(found) for n in torch.aminmax(x)):
+            return f"a weight is not finite: {name}; train.py never saves such a model"
+    for s in state.values():
+        if s["step"] != min(step, 2**24) or s["exp_avg_sq"].min() < 0:  # float32 counts to 2^24
+            return f"its optimizer has not taken {step} steps"
+    return None
+
+
+def form_of(nested):
+    """Dicts of tensors with the shape and type in place of each tensor: equal where they fit."""
+    if isinstance(nested, dict):
+        return {name: form_of(value) for name, value in nested.items()}
+    return nested.shape, nested.dtype, nested.is_contiguous()
+
+
+def tensors_of(nested):
+    """The values in dicts of dicts."""
+    for value in nested.values():
+        yield from tensors_of(value) if isinstance(value, dict) else [value]
 
 
 def load_run(path, device="cpu"):
@@ -132,12 +219,7 @@ def load_run(path, device="cpu"):
     checkpoint = read_checkpoint(path)
     cfg = checkpoint["config"]
     model = config.build_model(cfg).to(device)
-    try:
-        model.load_state_dict(checkpoint["ema"])
-    except (KeyError, RuntimeError) as e:
-        raise UserError(f"{path}: its weights do not fit its configuration") from e
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise UserError(f"{path}: a weight is not finite; train.py never saves such a model")
+    model.load_state_dict(checkpoint["ema"])
     model.requires_grad_(False).eval()
     return laid_out(model, device), cfg, checkpoint["step"]
 
@@ -157,10 +239,21 @@ def prepare(args, device):
     folder = Path(args.out or Path("runs", config.name_of(cfg)))
     if args.data is not None:
         phantoms.locate(args.data, cfg.task)  # a folder without data is refused first
-    if (folder / "last.pt").exists() and not args.dry_run:
-        what = f"go on with --resume {folder}, or choose another --out"
-        raise UserError(f"{folder} holds a run already; {what}")
+    if not args.dry_run:
+        refuse_taken(folder)
     return cfg, folder, None
+
+
+def refuse_taken(folder):
+    """UserError: the folder holds a run that has taken a step, or files that are not a run's."""
+    names = {f.name for f in folder.iterdir()} if folder.exists() else set()
+    if "last.pt" in names:
+        if read_checkpoint(folder)["step"]:
+            what = f"go on with --resume {folder}, or choose another --out"
+            raise UserError(f"{folder} holds a run already; {what}")
+        names -= {"last.pt", "config.json", "log.jsonl"}  # what a run writes before its first step
+    if others := sorted(name for name in names if not re.fullmatch(TEMPORARY, name)):
+        raise UserError(f"{folder} holds other files, such as {others[0]}; choose another --out")
 
 
 def resumed(args):
@@ -175,6 +268,9 @@ def resumed(args):
     if folder.is_file():
         raise UserError(f"--resume takes the run folder: --resume {folder.parent}")
     checkpoint = read_checkpoint(folder)
+    if missing := {"model", "optimizer", "images", "minutes", "command"} - checkpoint.keys():
+        rule = "a best.pt has the averaged weights alone, and no run goes on from it"
+        raise UserError(f"{folder / 'last.pt'} has no {', '.join(sorted(missing))}; {rule}")
     config.refuse_foreign(given, checkpoint["config"].model)
     cfg = dataclasses.replace(checkpoint["config"], **given)
     config.check(cfg)
@@ -248,24 +344,57 @@ def describe_sizes(cfg, sizes):
 # ---------------------------------------- what a run writes
 
 
+def protocol_of(cfg):
+    """How an evaluation samples."""
+    return {name: getattr(cfg, name) for name in config.PROTOCOL}
+
+
 class Folder:
-    """A run folder that is being written, by process 0."""
+    """A locked run folder that process 0 writes to.
 
-    def __init__(self, path, cfg):
-        self.path, self.cfg = path, cfg
-        path.mkdir(parents=True, exist_ok=True)
-        self.write("config.json", as_json(dataclasses.asdict(cfg)))
+    A finished run keeps its files: what is measured later goes to `place`, below evaluations.
+    UserError: another process has written here since the checkpoint was read.
+    """
 
-    def write(self, name, write):
+    def __init__(self, path, cfg, checkpoint):
+        self.path, self.cfg, self.place = path, cfg, path
+        step, before = (checkpoint["step"], checkpoint["config"]) if checkpoint else (0, cfg)
+        self.another, results = protocol_of(cfg) != protocol_of(before), {}
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+            results = json.loads((path / "results.json").read_bytes())["evaluation"]["step"]
+        self.finished = step == cfg.steps and (self.another or results == step)
+        if self.finished:
+            sampler = "one-pass" if cfg.supervised else f"{cfg.sampler}-{cfg.ddim_steps}"
+            sampler += f"-eta{cfg.eta:g}" if cfg.eta else ""
+            self.place = path / "evaluations" / f"{sampler}-x{cfg.ensemble}-{cfg.eval_images}"
+        if not rank():
+            if not checkpoint:
+                refuse_taken(path)
+            elif (path / "last.pt").stat().st_mtime_ns != checkpoint["written"]:
+                raise UserError(f"{path}: another run went on with it meanwhile; start again")
+            for file in path.rglob(".*.*.*"):
+                if re.fullmatch(TEMPORARY, file.name):
+                    file.unlink()
+
+    def begin(self, step, table):
+        """Writes config.json. Returns the Log up to this step."""
+        if not self.finished:
+            self.write("config.json", as_json(dataclasses.asdict(self.cfg)))
+        return Log(self.path / "log.jsonl", step, lambda line: table(self.cfg, line))
+
+    def write(self, name, write, size="room"):
         """A file, whole."""
         if not rank():
-            write_whole(self.path / name, write)
+            self.place.mkdir(parents=True, exist_ok=True)
+            write_whole(self.place / name, write, size)
 
     def write_checkpoint(self, name, state):
-        """last.pt, or best.pt, which has the averaged weights alone."""
+        """last.pt, or best.pt, which has the averaged weights alone; of a finished run neither."""
         if name == "best.pt":
             state = {key: state[key] for key in ("config", "step", "ema")}
-        self.write(name, lambda f: torch.save(state, f))
+        if not self.finished:
+            size = sum(getattr(x, "nbytes", 0) for x in tensors_of(state))
+            self.write(name, lambda f: torch.save(state, f), f"{size / 1e6:.0f} MB")
 
     def write_pictures(self, lines, shown, step):
         """curves.png of the log, and masks.png or samples.png of what an evaluation shows."""
@@ -273,15 +402,20 @@ class Folder:
 
         cfg = self.cfg
         title = f"{config.kind_of(cfg)}, {'phantoms' if cfg.phantoms else 'X-rays'}, step {step}"
-        self.write("curves.png", lambda f: figures.save_curves(f, lines, title))
+        if not self.finished:
+            self.write("curves.png", lambda f: figures.save_curves(f, lines, title))
         if cfg.task == "synthesis":
             self.write("samples.png", lambda f: figures.save_image_grid(f, shown[:64], title))
         else:
             self.write("masks.png", lambda f: figures.save_mask_grid(f, *shown, title))
 
-    def write_results(self, table, command, evaluation, minutes, tested, device):
-        """table.md, and results.json: the last evaluation, and where it comes from."""
-        self.write("table.md", as_text(table))
+    def write_results(self, tables, command, evaluation, minutes, tested, device):
+        """table.md, test.md, and results.json: the last evaluation, and where it comes from."""
+        known = not self.another or (self.place / "results.json").exists()
+        if self.finished and known and not tested:
+            return
+        for name, table in tables.items():
+            self.write(name, as_text(table))
         facts = dict(command=command, config=dataclasses.asdict(self.cfg), evaluation=evaluation)
         facts |= dict(minutes=round(minutes, 1)) | tested | provenance(device)
         self.write("results.json", as_json(facts))
@@ -295,14 +429,6 @@ def provenance(device):
         hardware += f", {world()} processes"
     versions = dict(torch=torch.__version__, python=platform.python_version())
     return dict(commit=commit() or "unknown", hardware=hardware) | versions
-
-
-def processor():
-    """The name of the CPU."""
-    for line in lines_of("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
 
 
 def commit():

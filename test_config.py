@@ -224,7 +224,7 @@ REFUSALS = [
         "--set stem=add is about --cond concat, got --cond add",
     ),
     ("--task lung --set shift=0", "--set shift must be above 0 and finite, got 0.0"),
-    ("--task lung --set rrdbs=0", "--set rrdbs must be at least 1, got 0"),
+    ("--task lung --set rrdbs=0", "--set rrdbs must be between 1 and 64, got 0"),
     ("--task lung --steps 4 --epochs 1", "--steps and --epochs say the same thing twice; give one"),
     ("--task lung --steps 0", "--steps must be at least 1, got 0"),
     (

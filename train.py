@@ -157,19 +157,19 @@ class Run:
             runs.restore(self.trainer, checkpoint)
             self.command = f"{checkpoint['command']} && {command}"  # all that made this run
             self.minutes_before = checkpoint["minutes"]
-        self.folder = runs.Folder(path, cfg)
-        self.log = runs.Log(path / "log.jsonl", self.trainer.step)
+        self.folder, self.protocol = runs.Folder(path, cfg, checkpoint), runs.protocol_of(cfg)
         self.losses = []  # since the last log line, on the device: a step reads nothing back
         self.mean_loss = "..."
         self.status, self.first_step = StatusLine(), self.trainer.step
         self.train_s = self.evaluate_s = 0.0
         self.began = self.saved_at = time.monotonic()
+        if not checkpoint:
+            self.save()  # the folder is taken from now on, and there is a checkpoint to go back to
+        self.log = self.folder.begin(self.trainer.step, evaluate.markdown_table)
 
     def train(self):
         """Steps, log lines, evaluations and checkpoints, until cfg.steps or a stop signal."""
         trainer, (images, masks, _) = self.trainer, self.splits["Train"]
-        if trainer.step == 0:
-            self.save()  # the folder is taken from now on, and there is a checkpoint to go back to
         images = torch.from_numpy(images).to(self.device)
         masks = None if masks is None else torch.from_numpy(masks).to(self.device)
         log_every = min(50, max(1, self.cfg.steps // 100))
@@ -234,14 +234,9 @@ class Run:
 
     def evaluation_due(self):
         """At every eval_every-th step and the last, once under each protocol."""
-        step, evaluations = self.trainer.step, self.log.evaluations()
+        step = self.trainer.step
         due = step > 0 and (step % self.cfg.eval_every == 0 or step == self.cfg.steps)
-        last = evaluations[-1] if evaluations else {"step": None}
-        return due and not (last["step"] == step and last["protocol"] == self.protocol())
-
-    def protocol(self):
-        """How an evaluation of this run samples."""
-        return {name: getattr(self.cfg, name) for name in config.PROTOCOL}
+        return due and not any(line["step"] == step for line in self.log.evaluations(self.protocol))
 
     def evaluate(self, signals):
         """Evaluate train and validation, log and draw it, and keep last.pt and best.pt."""
@@ -254,25 +249,24 @@ class Run:
         report, shown = measure(model, self.cfg, self.splits, self.device, progress)
         self.evaluate_s = time.monotonic() - start
         seconds = dict(seconds=round(self.evaluate_s, 1))
-        self.log.add(step=step, protocol=self.protocol(), **report, **seconds)
+        self.log.add(step=step, protocol=self.protocol, **report, **seconds)
 
-        lines = self.log.evaluations()
-        alike = [line for line in lines if line["protocol"] == self.protocol()]
-        best = max(alike, key=evaluate.quality)["step"]
-        anew = sum(line["step"] == step for line in lines) > 1
+        best = max(self.log.evaluations(self.protocol), key=evaluate.quality)["step"]
+        anew = sum(line["step"] == step for line in self.log.evaluations()) > 1
         if best == step and not anew:
             self.folder.write_checkpoint("best.pt", runs.state_of(self.trainer))
         self.save()
         self.folder.write_pictures(self.log.lines, shown, step)
-        found = f"validation {evaluate.headline(report['Val'])} (best so far at step {best})"
-        message(f"step {step}: {found}; {self.folder.path}/")
+        compared = "" if self.folder.finished else f" (best so far at step {best})"
+        found = f"validation {evaluate.headline(report['Val'])}{compared}"
+        message(f"step {step}: {found}; {self.folder.place}/")
 
     def test(self, splits):
         """{"Test": as evaluate_masks} of the Test split. Nothing is chosen by it."""
         progress = self.evaluation_progress("Test", {"Test": len(splits["Test"].images)})
         model = devices.laid_out(self.trainer.ema, self.device)
         report, _ = evaluate.evaluate_masks(model, self.cfg, splits, self.device, progress)
-        self.log.add(step=self.trainer.step, protocol=self.protocol(), **report)
+        self.log.add(step=self.trainer.step, protocol=self.protocol, **report)
         message(f"Test, {report['Test']['images']} images: {evaluate.headline(report['Test'])}")
         return report
 
@@ -353,21 +347,30 @@ def start(args, command):
     message(f"{path} on {device}{processes}\n{config.describe(cfg)}")
     message(runs.describe_sizes(cfg, sizes))
 
-    run = Run(cfg, device, path, splits, checkpoint, command)
-    del checkpoint  # a copy of all that the run now holds
-    message(f"  memory           {devices.fit_memory(run.trainer)}")
+    with devices.locked(path):
+        run = Run(cfg, device, path, splits, checkpoint, command)
+        del checkpoint  # a copy of all that the run now holds
+        message(f"  memory           {devices.fit_memory(run.trainer)}")
+        return finish(run, test)
+
+
+def finish(run, test):
+    """Train a Run to its end, and write its results. Returns the exit status."""
+    cfg, folder = run.cfg, run.folder
     try:
         run.train()
     except Stopped:
-        go_on = f"python train.py --resume {shlex.quote(str(path))}"
+        go_on = f"python train.py --resume {shlex.quote(str(folder.path))}"
         at = f"stopped and saved at step {run.trainer.step} of {cfg.steps}"
-        message(f"{at}; go on with: {go_on}")
+        message(
+            "stopped; the run stays as it was" if folder.finished else f"{at}; go on with: {go_on}"
+        )
         return 130
-    tested = run.test(test) if test else {}
-    last = run.log.evaluations()[-1]
-    table = evaluate.markdown_table(cfg, last)
-    run.folder.write_results(table, run.command, last, run.minutes(), tested, device)
-    message(f"\n{table}\n\ncheckpoint, pictures and numbers: {path}/")
+    tested, last = run.test(test) if test else {}, run.log.evaluations(run.protocol)[-1]
+    tables = evaluate.tables(cfg, last, tested)
+    folder.write_results(tables, run.command, last, run.minutes(), tested, run.device)
+    shown = "\n\n".join(tables.values())
+    message(f"\n{shown}\n\ncheckpoint, pictures and numbers: {folder.place}/")
     return 0
 
 
