@@ -145,8 +145,7 @@ def read_checkpoint(path):
         written = path.stat().st_mtime_ns
         with zipfile.ZipFile(path) as records:
             rotten = records.testzip()  # torch.load compares no CRC-32; 0.6 s for 3.5 GB
-        if rotten:
-            raise UserError(f"{rotten} in it is not what was written")
+        config.refuse(rotten, f"{rotten} in it is not what was written")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint |= {"config": config_of(checkpoint["config"]), "written": written}
         fault = fault_of(checkpoint)
@@ -164,11 +163,14 @@ def config_of(settings):
     for name, field in config.SETTINGS.items():
         value, kinds = getattr(cfg, name), (int, float) if field.type is float else (field.type,)
         wrong = type(value) not in kinds and (name, value) != ("cond", None)
-        if wrong or field.type is float and not math.isfinite(value):
-            raise UserError(f"{name} cannot be {value!r}")
+        wrong = wrong or field.type is float and not math.isfinite(value)
+        config.refuse(wrong, f"{name} cannot be {value!r}")
     levels = cfg.channel_mult + cfg.attention_levels
-    if len(levels) > 32 or any(type(n) is not int or not 0 <= n <= 64 for n in levels):
-        raise UserError(f"channel_mult and attention_levels cannot be {levels}")
+    wrong = len(levels) > 32 or any(type(n) is not int or not 0 <= n <= 64 for n in levels)
+    config.refuse(wrong, f"channel_mult and attention_levels cannot be {levels}")
+    alone = cfg.task == "synthesis" or cfg.model in config.baselines.U_NETS
+    wrong = alone != (cfg.cond is None) or cfg.task == "synthesis" and cfg.supervised
+    config.refuse(wrong, f"cond cannot be {cfg.cond} for {cfg.task} by {cfg.model}")
     config.check(cfg)
     return cfg
 
@@ -180,9 +182,8 @@ def fault_of(checkpoint):
         if type(value) is not type(least) or value < least or value == math.inf or value != value:
             return f"its {name} cannot be {str(value)[:100]}"
     network, step = config.without_memory(checkpoint["config"]), checkpoint["step"]
-    weights, count = network.state_dict(), torch.zeros(())
-    moments = [dict(step=count, exp_avg=p, exp_avg_sq=p) for p in network.parameters()]
-    state = checkpoint.get("optimizer", {}).get("state", {})
+    weights, state = network.state_dict(), checkpoint.get("optimizer", {}).get("state", {})
+    moments = [dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p) for p in network.parameters()]
     parts = [("ema", checkpoint["ema"], weights)]
     if "model" in checkpoint:
         parts.append(("model", checkpoint["model"], weights))

@@ -2,21 +2,38 @@
 
 import json
 import math
+import os
+import random
+import re
 import shutil
 import signal
+import stat
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 import config
 import data
+import devices
 import evaluate
 import phantoms
 import runs
 import train
 from console import UserError
-from testing import CPU, TINY, assert_same, evaluations_of, log_of, results_of, state_of, tiny
+from testing import (
+    CPU,
+    ROOT,
+    TINY,
+    assert_same,
+    evaluations_of,
+    log_of,
+    results_of,
+    start,
+    state_of,
+    tiny,
+)
 
 DRAWN = ["--task lung --cond concat", "--task synthesis"]  # each kind of picture once
 RUNS = [f"--task lung --cond {cond}" for cond in ("add", "none", "cross")]
@@ -82,6 +99,29 @@ def test_a_log_cut_off_by_a_power_cut_is_read_up_to_there(tmp_path):
     assert path.read_text() == text.splitlines(keepends=True)[0]
 
 
+DAMAGED = [b"\xff\xfe\x00", b"3", b"[1, 2]", b'{"loss": 1}', b'{"step": "2"}', b'{"step": 2.0}']
+DAMAGED += [b"[" * 10**5, b'{"a":' * 10**5, b'{"step": 2, "lr": 1, "loss": "x"}', b"null", b""]
+DAMAGED += [b'{"step": 2, "lr": 1}', b'{"step": ' + b"9" * 5000 + b"}", b'{"step": 2, "Val": 3}']
+
+
+@pytest.mark.parametrize("words", ["--task lung", "--task synthesis"])
+def test_a_run_goes_on_with_the_good_lines_of_a_damaged_log(go, words, no_pictures, capsys):
+    """Bytes, numbers, lists, no step, deep nesting, evaluations without a part: left out, told."""
+    _, folder = go(words)
+    path, good = folder / "log.jsonl", (folder / "log.jsonl").read_bytes().splitlines()
+    line = json.loads(good[-1])
+    assert "Val" in line
+    lacking = [{k: v for k, v in line.items() if k != name} for name in ("protocol", "Train")]
+    first = next(iter(set(line["Val"]) - {"images"}))
+    lacking += [line | {"Val": {k: v for k, v in line["Val"].items() if k != first}}]
+    lacking += [line | {"Val": line["Val"] | {first: "x"}}, line | {"protocol": 3}]
+    bad = DAMAGED + [json.dumps(dict(step=3) | part).encode() for part in lacking]
+    path.write_bytes(b"\n".join([*bad, *good, *bad, b'{"st']))
+    assert train.main(["--resume", str(folder)]) == 0
+    assert path.read_bytes().splitlines() == good
+    assert f"{path}: {2 * len(bad) + 1} damaged lines are left out\n" in capsys.readouterr().out
+
+
 def test_a_log_is_cut_back_to_the_checkpoint_that_a_run_goes_on_from(tmp_path):
     """Killed after step 2 was logged, with a checkpoint of step 1: step 2 is logged once."""
     log = runs.Log(tmp_path / "log.jsonl")
@@ -90,6 +130,59 @@ def test_a_log_is_cut_back_to_the_checkpoint_that_a_run_goes_on_from(tmp_path):
     again = runs.Log(tmp_path / "log.jsonl", 1)
     again.add(step=2, loss=0.5)
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2]
+
+
+def limited(monkeypatch, what):
+    """Writing fails from now on as on a full disk."""
+
+    def fails(*_, **__):
+        raise what
+
+    monkeypatch.setattr(torch, "save", fails)
+
+
+@pytest.mark.parametrize("what", [RuntimeError("torch: unexpected pos"), OSError(28, "No space")])
+def test_a_checkpoint_that_does_not_fit_the_disk_is_one_line_and_the_older_one_stays(
+    lung_run, monkeypatch, capsys, what
+):
+    """The file, what it needs and what is free. Torch has a RuntimeError for a full disk."""
+    before = (lung_run / "last.pt").read_bytes()
+    limited(monkeypatch, what)
+    assert train.main(["--resume", str(lung_run), "--steps", "6"]) == 2
+    err = capsys.readouterr().err
+    line = rf"train.py: error: {lung_run}/last.pt: not written: {'No space|torch: unexpected pos'}"
+    assert re.search(line, err) and "MB beside the old one, which stays; " in err
+    assert err.count("error") == 1 and "Traceback" not in err and "needs 2 MB" in err
+    assert (lung_run / "last.pt").read_bytes() == before
+    assert not list(lung_run.glob(".*"))
+
+
+def test_no_line_of_the_log_is_lost_in_silence_on_a_full_disk(tmp_path):
+    """/dev/full: the line names the file."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    log = runs.Log(tmp_path / "log.jsonl")
+    log.path = Path("/dev/full")
+    with pytest.raises(UserError, match="/dev/full: not written: No space left on device"):
+        log.add(step=1)
+
+
+def test_a_rename_is_made_to_last_by_its_folder(tmp_path, monkeypatch):
+    """After os.replace the folder is synchronised too: in this order."""
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        calls.append(stat.S_ISDIR(os.fstat(descriptor).st_mode))
+        fsync(descriptor)
+
+    def replaced(*paths):
+        calls.append("replaced")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    runs.write_whole(tmp_path / "table.md", runs.as_text("a"))
+    assert calls == [False, "replaced", True]
 
 
 def test_a_run_ends_well_where_there_is_no_git(go, monkeypatch, no_pictures):
@@ -124,6 +217,120 @@ def test_a_damaged_checkpoint_is_refused_by_name(lung_run, capsys):
     torch.save(state, best)
     with pytest.raises(UserError, match="best.pt: a weight is not finite"):
         runs.load_run(best)
+
+
+def test_no_flipped_bit_of_a_checkpoint_goes_unseen(lung_run):
+    """40 bits all over the file: each is refused, or lies where nothing is stored."""
+    path = lung_run / "last.pt"
+    whole, expected = path.read_bytes(), runs.read_checkpoint(path)
+    rng, seen = random.Random(0), 0
+    for _ in range(40):
+        place = rng.randrange(len(whole))
+        flipped = bytes([whole[place] ^ 1 << rng.randrange(8)])
+        path.write_bytes(whole[:place] + flipped + whole[place + 1 :])
+        try:
+            found = runs.read_checkpoint(path)
+        except UserError as e:
+            seen += str(e).startswith(f"{path}: not a checkpoint of train.py, or a damaged one (")
+        else:
+            assert_same(found | {"written": 0}, expected | {"written": 0})
+    assert seen >= 36
+
+
+WRONG = dict(
+    step=[-5, 1.5, None, True, math.nan, 3, "4", [4]],
+    minutes=[math.nan, -1.0, "1", None],
+    images=[0, 1.5, None, True],
+    command=[3, None],
+    model=[None, {}, 3],
+    ema=[None, {}, 3],
+    optimizer=[None, {}, dict(state={}), dict(state=3), dict(state=[])],
+    config=[None, {}, 3, dict(T=3)],
+)
+WRONG_SETTINGS = dict(
+    objective=["x", None],
+    sampler=["y", 3],
+    task=["z", None, "synthesis"],
+    channels=[10**9, "4", None, 4.0, True],
+    blocks=[10**7, -1],
+    T=[10**10, None],
+    rrdbs=[10**9],
+    growth=[10**9],
+    head_channels=[10**12],
+    image_size=[10**9, 16.0],
+    noises=[10**12],
+    channel_mult=[(1,) * 10**6, (10**9, 1, 1, 1), ("1", 1, 1, 1), (1.5, 1, 1, 1), 3],
+    attention_levels=[(-1,), ("3",), (10**10,)],
+    weight_decay=[math.inf, math.nan, None],
+    cond=["w", None, "none"],
+    classes=[("x",), (3,), ()],
+    surprise=[1],
+)
+
+
+def refused(path, state, capsys):
+    """--resume of this state is one line with status 2, and changes nothing. Returns the line."""
+    folder = path.parent
+    torch.save(state, path)
+    before = contents_of(folder) | {"log": (folder / "log.jsonl").read_bytes()}
+    assert train.main(["--resume", str(folder), "--steps", "6"]) == 2
+    assert contents_of(folder) | {"log": (folder / "log.jsonl").read_bytes()} == before
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("train.py: error: ") and len(err) < 600
+    return err
+
+
+def test_every_part_of_a_checkpoint_is_checked_before_anything_is_built(lung_run, capsys):
+    """Missing, of another type, or out of range: one line, status 2, and nothing is written."""
+    path, state = lung_run / "last.pt", torch.load(lung_run / "last.pt", weights_only=True)
+    wrong = [{name: value} for name, values in WRONG.items() for value in values]
+    for name, values in WRONG_SETTINGS.items():
+        wrong += [{"config": state["config"] | {name: value}} for value in values]
+    for changes in wrong[::8]:
+        assert str(path) in refused(path, state | changes, capsys), changes
+    for changes in wrong:  # the same without the command: nothing is written by reading
+        torch.save(state | changes, path)
+        with pytest.raises(UserError) as error:
+            runs.read_checkpoint(path)
+        assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value), changes
+    for name in WRONG:
+        refused(path, {k: v for k, v in state.items() if k != name}, capsys)
+    refused(path, [state], capsys)
+
+
+def test_every_tensor_of_a_checkpoint_is_checked_before_anything_is_written(lung_run, capsys):
+    """A moment of another shape made AdamW write out of bounds."""
+    path, whole = lung_run / "last.pt", torch.load(lung_run / "last.pt", weights_only=True)
+    first = next(iter(whole["ema"]))
+    for part in ("ema", "model"):
+        tensor = whole[part][first]
+        for value in (tensor[:1], tensor.double(), 3, None, tensor.to_sparse()):
+            refused(path, whole | {part: whole[part] | {first: value}}, capsys)
+        refused(path, whole | {part: whole[part] | {"more": tensor}}, capsys)
+        for value in (math.nan, math.inf):
+            line = refused(path, whole | {part: whole[part] | {first: tensor * value}}, capsys)
+            assert f"a weight is not finite: {part}" in line
+    state = whole["optimizer"]["state"]
+    shape = state[0]["exp_avg"].shape
+    changes = [dict(exp_avg=torch.zeros(3)), dict(exp_avg=torch.zeros(shape).double())]
+    changes += [dict(exp_avg=torch.zeros(1).expand(shape)), dict(exp_avg=None), dict(more=3)]
+    changes += [dict(exp_avg_sq=torch.full(shape, value)) for value in (math.nan, math.inf, -1.0)]
+    changes += [dict(step=torch.tensor(value)) for value in (-1.0, 3.0, math.nan, 4)]
+    for change in changes:
+        moments = state | {0: state[0] | change}
+        optimizer = whole["optimizer"] | {"state": moments}
+        refused(path, whole | {"optimizer": optimizer}, capsys)
+    lacking = {k: v for k, v in state.items() if k}
+    for moments in ({}, lacking, {0: state[0]}):
+        refused(path, whole | {"optimizer": whole["optimizer"] | {"state": moments}}, capsys)
+
+
+def test_a_best_pt_in_the_place_of_last_pt_can_be_sampled_but_not_gone_on_from(lung_run, capsys):
+    shutil.copy(lung_run / "best.pt", lung_run / "last.pt")
+    assert train.main(["--resume", str(lung_run)]) == 2
+    what = "last.pt has no command, images, minutes, model, optimizer; a best.pt has the averaged"
+    assert what in capsys.readouterr().err
+    assert runs.load_run(lung_run)[2] in (2, 4)
 
 
 def test_a_run_with_a_preset_is_read_and_goes_on_with_the_same_numbers(lung_run, tmp_path):
@@ -228,19 +435,61 @@ def test_a_finished_run_is_not_overwritten_and_can_be_prolonged(go, lung_run, ca
     assert [line["step"] for line in evaluations_of(lung_run)] == [2, 4, 6]
 
 
-def test_a_finished_run_is_evaluated_anew_under_another_protocol_and_not_trained(lung_run):
-    """--resume --ensemble 3: one more evaluation of the same weights; asked twice, made once."""
-    before = state_of(lung_run)
+def contents_of(folder):
+    """{path: bytes} of a folder, but for the log."""
+    files = [f for f in folder.rglob("*") if f.is_file() and f.name != "log.jsonl"]
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
+
+
+def test_a_finished_run_is_evaluated_anew_under_another_protocol_and_not_trained(
+    lung_run, capsys, monkeypatch
+):
+    """--resume --ensemble 3: another folder, the same weights; asked twice, made once.
+
+    The run keeps its files, its best.pt and how it samples. Its log gains a line. Then the run
+    goes on under its own protocol. An interrupted evaluation changes nothing.
+    """
+    before, name, sample = contents_of(lung_run), "ddim-2-x3-5", evaluate.sample_masks
+    words = ["--resume", str(lung_run), "--ensemble", "3", "--eval-images", "5"]
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "sample_masks", interrupted)
+    assert train.main(words) == 130 and contents_of(lung_run) == before
+    assert "stopped; the run stays as it was\n" in capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "sample_masks", sample)
     for _ in range(2):
-        words = ["--resume", str(lung_run), "--ensemble", "3", "--eval-images", "5"]
         assert train.main(words) == 0
-    assert_same(before["ema"], state_of(lung_run)["ema"])
-    assert runs.load_run(lung_run / "best.pt")[2] in (2, 4) and state_of(lung_run)["step"] == 4
+    out = capsys.readouterr().out
+    assert out.count(f"evaluations/{name}/\n") == 3 and "best so far" not in out
+    after = contents_of(lung_run)
+    beside = {f"evaluations/{name}/{file}" for file in ("table.md", "results.json", "masks.png")}
+    assert after.keys() == before.keys() | beside and after.items() >= before.items()
     lines = evaluations_of(lung_run)
     assert [line["protocol"]["ensemble"] for line in lines] == [1, 1, 3]
     assert lines[-1]["Val"]["images"] == 5
-    last = results_of(lung_run)["evaluation"]
+    last = results_of(lung_run / "evaluations" / name)["evaluation"]
     assert {k: v for k, v in last.items() if k != "seconds"} == lines[-1]
+    assert runs.load_run(lung_run)[1].ensemble == 1
+    assert train.main(["--resume", str(lung_run)]) == 0 and contents_of(lung_run) == after
+    assert train.main(["--resume", str(lung_run), "--steps", "6"]) == 0
+    assert [line["protocol"]["ensemble"] for line in evaluations_of(lung_run)] == [1, 1, 3, 1]
+    assert results_of(lung_run)["evaluation"]["step"] == 6
+
+
+def test_a_run_killed_before_its_results_are_written_writes_them_when_it_goes_on(lung_run):
+    """results.json of an older step, or none: --resume of the finished run writes it."""
+    assert train.main(["--resume", str(lung_run), "--steps", "6"]) == 0
+    whole, path = results_of(lung_run), lung_run / "results.json"
+    older = whole | {"evaluation": whole["evaluation"] | {"step": 4}}
+    for text in (json.dumps(older), "[1"):
+        path.write_text(text)
+        assert train.main(["--resume", str(lung_run)]) == 0
+        assert results_of(lung_run)["evaluation"] == whole["evaluation"]
+    path.unlink()
+    assert train.main(["--resume", str(lung_run)]) == 0 and path.exists()
 
 
 def test_sec44_a_finished_supervised_run_is_prolonged_but_has_no_passes_to_change(
@@ -252,6 +501,82 @@ def test_sec44_a_finished_supervised_run_is_prolonged_but_has_no_passes_to_chang
     assert rule in capsys.readouterr().err
     assert train.main(["--resume", str(folder), "--steps", "5", "--eval-images", "5"]) == 0
     assert state_of(folder)["step"] == 5
+
+
+# ---------------------------------------- whose folder it is
+
+
+def test_two_runs_at_once_in_one_folder_the_second_is_refused(lung_run, go, capsys, tmp_path):
+    """By --resume and by --out: one line. The lock leaves no file, and dies with its holder."""
+    before = contents_of(tmp_path)
+    with devices.locked(lung_run):
+        assert train.main(["--resume", str(lung_run), "--steps", "6"]) == 2
+        rule = f"train.py: error: {lung_run}: another run is writing there; choose another --out\n"
+        assert capsys.readouterr().err == rule and contents_of(tmp_path) == before
+    (tmp_path / "new").mkdir()
+    holder = "import pathlib, sys, time, devices\nwith devices.locked(pathlib.Path(sys.argv[1])):"
+    holder += "\n    print(1, flush=True); time.sleep(99)"
+    with start(["-c", holder, tmp_path / "new"], ROOT) as process:
+        process.stdout.readline()
+        assert go("--task lung", "new")[0] == 2 and not list((tmp_path / "new").iterdir())
+        process.kill()
+        process.wait()
+        assert go("--task lung", "new")[0] == 0
+
+
+def test_a_run_that_another_process_went_on_with_meanwhile_is_not_rewound(lung_run, monkeypatch):
+    """last.pt is read, then another process writes it and ends, then the lock is free."""
+    load = runs.load_splits
+
+    def meanwhile(*args):
+        other = torch.load(lung_run / "last.pt", weights_only=True)
+        runs.write_whole(lung_run / "last.pt", lambda f: torch.save(other, f))
+        return load(*args)
+
+    monkeypatch.setattr(runs, "load_splits", meanwhile)
+    before = (lung_run / "log.jsonl").read_bytes()
+    assert train.main(["--resume", str(lung_run), "--steps", "6"]) == 2
+    assert state_of(lung_run)["step"] == 4 and (lung_run / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "table.md", "notes.txt", ".git"])
+def test_a_folder_of_other_files_is_no_run_folder(go, tmp_path, capsys, name):
+    """Also where their names are those of a run's files: nothing is overwritten."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    status, folder = go("--task lung")
+    rule = f"{folder} holds other files, such as {name}; choose another --out"
+    assert status == 2 and rule in capsys.readouterr().err
+    assert contents_of(folder) == {name: b"mine"}
+
+
+def test_a_run_whose_first_step_never_came_leaves_its_folder_free(go, monkeypatch, no_pictures):
+    """Killed in its first step; also before last.pt was whole. The next run starts anew."""
+
+    def dies(*_):
+        raise SystemExit(9)
+
+    with monkeypatch.context() as first:
+        first.setattr(train.Trainer, "train_step", dies)
+        assert go("--task lung --seed 1")[0] == 9
+    status, folder = go("--task lung")
+    assert status == 0 and runs.load_run(folder)[1].seed == 0
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / ".last.7.pt").write_text("ha")
+    assert go("--task lung")[0] == 0
+
+
+def test_what_a_killed_run_left_behind_is_removed_when_the_run_goes_on(lung_run):
+    """Its own temporary files, and no other."""
+    places = [lung_run, lung_run / "evaluations" / "ddim-2-x1-4"]
+    places[1].mkdir(parents=True)
+    for place in places:
+        for name in (".last.123.pt", ".results.7.json", ".mine.7.json", ".last.pt"):
+            (place / name).touch()
+    assert train.main(["--resume", str(lung_run), "--steps", "5"]) == 0
+    left = {f.name for place in places for f in place.glob(".*")}
+    assert left == {".mine.7.json", ".last.pt"}
 
 
 # ---------------------------------------- the images of a run

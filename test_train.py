@@ -426,8 +426,13 @@ def test_the_test_split_is_seen_only_where_asked_for_and_decides_nothing(
     again, _ = measure(model, cfg, splits, CPU)
     assert json.loads(json.dumps(again["Test"])) == tested["Test"]
     assert tested["evaluation"]["Val"] == plain["evaluation"]["Val"]
+    assert "of Test" in (folder / "test.md").read_text()
+    kept = (lung_run / "results.json").read_bytes()
     assert train.main(["--resume", str(lung_run), "--test"]) == 0
-    assert results_of(lung_run)["Test"] == tested["Test"]
+    beside = lung_run / "evaluations" / "ddim-2-x1-4"  # the finished run keeps its own
+    assert results_of(beside)["Test"] == tested["Test"]
+    assert (beside / "test.md").read_bytes() == (folder / "test.md").read_bytes()
+    assert (lung_run / "results.json").read_bytes() == kept
     assert go("--task synthesis --test", "no")[0] == 2
     rule = "--test evaluates masks; --task synthesis has none"
     assert rule in capsys.readouterr().err
