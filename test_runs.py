@@ -679,5 +679,6 @@ def test_steps_and_evaluations_follow_from_the_images():
     """3 epochs of 10 images in batches of 4: 7.5, so 8 steps; 3 evaluations: after 3, 6 and 8."""
     cfg = runs.with_steps(tiny(steps=0, epochs=3.0, evaluations=3), 10)
     assert (cfg.steps, cfg.eval_every) == (8, 3)
+    assert runs.with_steps(tiny(steps=0, epochs=2.5), 10).steps == 7  # of 6.25
     cfg = runs.with_steps(tiny(steps=5, epochs=3.0, eval_every=4), 10)
     assert (cfg.steps, cfg.eval_every) == (5, 4)

@@ -341,6 +341,25 @@ def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
     assert state["step"] == 2 and all(v.isfinite().all() for v in state["model"].values())
 
 
+@pytest.mark.parametrize("saved_by", ["a stop signal", "the clock"])
+def test_no_save_writes_a_weight_that_is_not_finite(go, monkeypatch, capsys, saved_by):
+    """Step 1 makes a nan, far from an evaluation: last.pt stays that of step 0."""
+    train_step = train.Trainer.train_step
+
+    def planted(self, *batch):
+        loss = train_step(self, *batch)
+        next(self.model.parameters()).detach()[0] = math.nan
+        if saved_by == "a stop signal":
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    monkeypatch.setattr(train.Trainer, "train_step", planted)
+    monkeypatch.setattr(train, "SAVE_EVERY", 300 if saved_by == "a stop signal" else -1)
+    status, folder = go("--task lung", given=TINY.replace("eval_every=2", "eval_every=4"))
+    assert status == 1 and "a weight is not finite at step 1" in capsys.readouterr().err
+    assert runs.read_checkpoint(folder)["step"] == 0
+
+
 @pytest.mark.parametrize("sig", STOP_SIGNALS[1:])
 def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_made_up_for(
     go, monkeypatch, no_pictures, sig
@@ -378,7 +397,14 @@ def test_sigterm_to_a_real_process_writes_a_checkpoint(root, tmp_path):
 
 def test_best_pt_is_the_evaluation_with_the_highest_validation_dice(go, monkeypatch, no_pictures):
     """Planted scores 0.2, 0.9, 0.5: best.pt is the second evaluation's."""
-    scores, measure = iter((0.2, 0.9, 0.5)), evaluate.evaluate_masks
+    plant_scores(monkeypatch, 0.2, 0.9, 0.5)
+    _, folder = go("--task lung", given=TINY.replace("--steps 4", "--steps 6"))
+    assert runs.load_run(folder / "best.pt")[2] == 4 and runs.load_run(folder)[2] == 6
+
+
+def plant_scores(monkeypatch, *scores):
+    """These are the validation DICE of the evaluations to come."""
+    scores, measure = iter(scores), evaluate.evaluate_masks
 
     def planted(*args):
         report, shown = measure(*args)
@@ -386,8 +412,54 @@ def test_best_pt_is_the_evaluation_with_the_highest_validation_dice(go, monkeypa
         return report, shown
 
     monkeypatch.setattr(evaluate, "evaluate_masks", planted)
+
+
+def test_an_evaluation_that_is_nan_is_never_the_best_one(go, monkeypatch, no_pictures):
+    """Not even the first of a run: nan, 0.3, nan."""
+    plant_scores(monkeypatch, math.nan, 0.3, math.nan)
     _, folder = go("--task lung", given=TINY.replace("--steps 4", "--steps 6"))
-    assert runs.load_run(folder / "best.pt")[2] == 4 and runs.load_run(folder)[2] == 6
+    assert runs.load_run(folder / "best.pt")[2] == 4
+
+
+def test_the_best_evaluation_is_that_under_the_runs_own_protocol(go, monkeypatch, capsys):
+    """0.9 at step 2, then the run goes on with another protocol: 0.2 at step 2, 0.5 at step 4.
+
+    The step that is evaluated anew leaves best.pt alone. Then step 4 is the best one.
+    """
+
+    def killed(*_):
+        raise SystemExit(9)
+
+    plant_scores(monkeypatch, 0.9, 0.2, 0.5)
+    with monkeypatch.context() as twice:
+        twice.setattr(runs.Folder, "write_pictures", killed)
+        status, folder = go("--task lung")
+        best = (folder / "best.pt").read_bytes()
+        with pytest.raises(SystemExit):
+            train.main(["--resume", str(folder), "--ensemble", "2"])
+    assert [line["step"] for line in evaluations_of(folder)] == [2, 2]
+    assert (folder / "best.pt").read_bytes() == best
+    monkeypatch.setattr(runs.Folder, "write_pictures", lambda *_: None)
+    assert train.main(["--resume", str(folder)]) == 0
+    assert "validation DICE 0.5000 (best so far at step 4)" in capsys.readouterr().out
+    assert runs.load_run(folder / "best.pt")[2] == 4
+    assert [line["protocol"]["ensemble"] for line in evaluations_of(folder)] == [1, 2, 2]
+
+
+def test_the_minutes_before_a_resume_count(lung_run):
+    """An hour is added to last.pt: the run that goes on has it in last.pt and results.json."""
+    state = torch.load(lung_run / "last.pt", weights_only=True)
+    torch.save(state | {"minutes": state["minutes"] + 60}, lung_run / "last.pt")
+    assert train.main(["--resume", str(lung_run), "--steps", "5"]) == 0
+    assert 60 <= runs.read_checkpoint(lung_run)["minutes"] < 70
+    assert 60 <= results_of(lung_run)["minutes"] < 70
+
+
+def test_the_log_has_the_learning_rate_of_its_own_step(finished_run):
+    """Four steps of a warm-up of 50, none of the next step's."""
+    cfg = runs.read_checkpoint(finished_run)["config"]
+    found = [line["lr"] for line in log_of(finished_run) if "lr" in line]
+    assert found == [train.learning_rate(cfg, step) for step in (1, 2, 3, 4)] and cfg.warmup == 50
 
 
 def test_the_test_split_is_seen_only_where_asked_for_and_decides_nothing(
