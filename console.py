@@ -41,9 +41,10 @@ def failure_named(path, size="room"):
     except (OSError, RuntimeError) as e:
         if out_of_memory(e):
             raise
-        why, free = getattr(e, "strerror", str(e)), shutil.disk_usage(path.parent).free / 1e6
-        needed = f"a new file needs {size} beside the old one, which stays; {free:.0f} MB are free"
-        raise UserError(f"{path}: not written: {str(why).splitlines()[0][:100]}; {needed}") from e
+        why = str(getattr(e, "strerror", None) or e).split("\n")[0].split("] . ")[-1][:100]
+        free = f"{shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free"
+        needed = f"a new file needs {size} and an inode beside the old one, which stays; {free}"
+        raise UserError(f"{path}: not written: {why}; {needed}") from e
 
 
 def exit_status(program, work, less_memory, left_behind):

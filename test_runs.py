@@ -151,7 +151,7 @@ def test_a_checkpoint_that_does_not_fit_the_disk_is_one_line_and_the_older_one_s
     assert train.main(["--resume", str(lung_run), "--steps", "6"]) == 2
     err = capsys.readouterr().err
     line = rf"train.py: error: {lung_run}/last.pt: not written: {'No space|torch: unexpected pos'}"
-    assert re.search(line, err) and "MB beside the old one, which stays; " in err
+    assert re.search(line, err) and "MB and an inode beside the old one, which stays; " in err
     assert err.count("error") == 1 and "Traceback" not in err and "needs 2 MB" in err
     assert (lung_run / "last.pt").read_bytes() == before
     assert not list(lung_run.glob(".*"))
