@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import data
 import score
+from diffusion import Purpose, seed_of
 
 
 class Batch(NamedTuple):
@@ -54,7 +55,7 @@ def batch(cfg, step, images, masks):
     if masks is not None:
         x0, y = data.to_float(masks[rows]), x0
     if cfg.augment:
-        y, x0 = augment(y, x0, generator(cfg.seed, 3, step), cfg.augment)
+        y, x0 = augment(y, x0, generator(cfg.seed, Purpose.AUGMENTATION, step), cfg.augment)
     t, eps = (None, None) if cfg.supervised else draws(cfg, step, x0)
     return Batch(x0, y, t, eps)
 
@@ -65,7 +66,7 @@ def batch(cfg, step, images, masks):
 @functools.lru_cache(maxsize=2)
 def order_of(seed, epoch, N):
     """The order of N images in one pass over them."""
-    return np.random.default_rng([seed, 1, epoch]).permutation(N)
+    return np.random.default_rng([seed, Purpose.ORDER, epoch]).permutation(N)
 
 
 def batch_indices(cfg, N, step):
@@ -79,9 +80,9 @@ def batch_indices(cfg, N, step):
 # ---------------------------------------- t and eps
 
 
-def generator(*numbers):
+def generator(seed, purpose, *numbers):
     """A torch.Generator on the CPU, seeded by these numbers alone."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+    return torch.Generator().manual_seed(seed_of(seed, purpose, *numbers))
 
 
 def draws(cfg, step, like):
@@ -91,7 +92,7 @@ def draws(cfg, step, like):
     like  (B, C, H, W), on the device that eps is wanted on
     t     int64 in 1..T; objective ncsn: the steps of its ten levels; vp: float64 in [1, T]
     """
-    g, K = generator(cfg.seed, 2, step), cfg.noises
+    g, K = generator(cfg.seed, Purpose.NOISE, step), cfg.noises
     u = (torch.arange(K) + torch.rand(len(like), K, generator=g, dtype=torch.float64)) / K
     t = (cfg.T * u ** (1 / cfg.t_power)).clamp(min=1)  # P(t <= k) = (k / T)^t_power
     if cfg.objective == "ncsn":

@@ -13,6 +13,7 @@ This file knows no network, no data and no device: an exact solution and a train
 alike. Numbers in brackets are the report's references.
 """
 
+import enum
 import functools
 import math
 from typing import NamedTuple
@@ -288,34 +289,58 @@ def discretised_log_likelihood(x0, mean, std):
 # ---------------------------------------- sampling: DDPM [7], DDIM [18]
 
 
+class Purpose(enum.IntEnum):
+    """What random numbers are drawn for: a word of each key, so that no two uses of a seed meet.
+
+    Two uses have the seed alone: the weights of a network, and which images are evaluated.
+    """
+
+    PHANTOM = 0
+    ORDER = 1  # of the images in an epoch
+    NOISE = 2  # t and eps of a batch; batch 0 is that of an evaluation by Eq. (7)
+    AUGMENTATION = 3
+    SAMPLE = 4  # x_T and the later noise of an image that is sampled
+    ANOMALY_MAP = 5
+    PROBE = 6  # the noises of a probe's activations
+    CLASSIFIER = 7  # weights and pixels of a probe
+    LABELS = 8  # which images have labels
+    FROM_SCRATCH = 9  # the batches of those images
+
+
+def philox(seed, purpose, i, member=0):
+    """A generator of its own for each member of image i: a key and a stretch of the counter."""
+    return np.random.Generator(np.random.Philox(key=[seed, i], counter=[0, 0, purpose, member]))
+
+
+def seed_of(seed, purpose, *numbers):
+    """A seed for torch, 0..2^32 - 1, that depends on these numbers alone."""
+    return int(np.random.SeedSequence([seed, purpose, *numbers]).generate_state(1)[0])
+
+
 class ImageNoise:
     r"""Standard normal noise for a batch of images: the draws of image i come from (seed, i) alone.
 
     The same image gets the same x_T and the same later noise whatever the batch size, the order and
-    the device. Philox is counter-based: its key is (seed, i), and each member of an ensemble starts
-    in a stretch of its own.
+    the device. Philox is counter-based: its key is (seed, i), and each purpose, and each member of
+    an ensemble, starts in a stretch of its own.
 
     seed     int >= 0
     index    B ints >= 0, the number i of each image in its data set
     shape    (C, H, W)
     members  draw this many noises an image, image by image: the batch becomes B * members
+    purpose  of the noise
 
     noise() returns the next draw, (B * members, C, H, W) float32 on `device`. The first draw of a
     sampler is x_T.
     """
 
-    def __init__(self, seed, index, shape, members=1, device="cpu"):
-        self.streams = [philox(seed, int(i), k) for i in index for k in range(members)]
+    def __init__(self, seed, index, shape, members=1, device="cpu", purpose=Purpose.SAMPLE):
+        self.streams = [philox(seed, purpose, int(i), k) for i in index for k in range(members)]
         self.shape, self.device = shape, device
 
     def __call__(self):
         draws = [stream.standard_normal(self.shape, dtype=np.float32) for stream in self.streams]
         return torch.from_numpy(np.stack(draws)).to(self.device)
-
-
-def philox(seed, i, member):
-    """The generator of one member of image i: key (seed, i), counter at the member's stretch."""
-    return np.random.Generator(np.random.Philox(key=[seed, i], counter=[0, 0, 0, member]))
 
 
 @torch.no_grad()

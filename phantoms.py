@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 
 import console
 from data import CLASSES, SPLITS, TREES, tree_folder
+from diffusion import Purpose, philox
 
 HERE = Path(__file__).resolve().parent
 DATA_HOMES = (HERE / "COVID-QU-Ex", Path("COVID-QU-Ex"))  # here, then in the current folder
@@ -319,7 +320,7 @@ def phantom(seed, index, kind, size=256, healthy=False):
     kind     one of CLASSES. Normal has no opacity; only COVID-19 has an infection mask
     healthy  the same phantom before its illness: every other draw alike, no opacity, a blank mask
     """
-    patient = Patient(np.random.Generator(np.random.Philox(key=[seed, index])), size)
+    patient = Patient(philox(seed, Purpose.PHANTOM, index), size)
     air, infection = patient.air, np.zeros_like(patient.lung)
     if kind != "Normal":
         density, mask = patient.opacity(kind)  # for the healthy too: all later draws are alike

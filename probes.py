@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diffusion import ddim_sample, q_sample
+from diffusion import Purpose, ddim_sample, q_sample, seed_of
 
 # ---------------------------------------- anomaly maps [12]
 
@@ -140,7 +140,7 @@ def fit(x, positive, members=10, steps=2000, batch=64, lr=1e-3, seed=0):
     classifiers = []
     for member in range(members):
         with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
-            torch.manual_seed(1000 * seed + member)
+            torch.manual_seed(seed_of(seed, Purpose.CLASSIFIER, member))
             classifiers.append(fit_member(x, positive, steps, batch, lr))
     return classifiers
 

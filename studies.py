@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import batches
 import config
 import data
 import devices
@@ -35,6 +36,7 @@ import runs
 import train
 from config import refuse
 from console import Parser, exit_status, message, progress_line
+from diffusion import Purpose
 
 # ---------------------------------------- anomaly maps [12]
 
@@ -56,10 +58,10 @@ def anomaly_maps(model, cfg, images, index, device):
     """
     s, x0 = diffusion.schedule(cfg.T, cfg.shift), images.to(device)
     eps_model = evaluate.eps_model_of(model, cfg, s, device)
-    key = evaluate.EVAL_SEED, index, x0.shape[1:], 1, device
+    key = evaluate.EVAL_SEED, index, x0.shape[1:], 1, device, Purpose.ANOMALY_MAP
     noise = diffusion.ImageNoise(*key)
     back = sum(probes.reconstruct(s, eps_model, x0, cfg.T // 2, 10, noise()) for _ in range(4)) / 4
-    loss, signed = probes.anomaly_map(s, eps_model, x0, BAND, diffusion.ImageNoise(*key))
+    loss, signed = probes.anomaly_map(s, eps_model, x0, BAND, noise)
     maps = {"loss, Eq. (7)": loss, "signed": signed, "X-ray - reconstruction": x0 - back}
     return {name: smooth(found).cpu() for name, found in maps.items()}
 
@@ -136,7 +138,8 @@ def probe(model, cfg, x, positive, seed, device, members=10):
     x, positive  the labelled images: (n, 1, H, W) in [-1, 1], and bool
     """
     s, n = diffusion.schedule(cfg.T, cfg.shift), len(model.unet.decoder)
-    noises = diffusion.ImageNoise(evaluate.EVAL_SEED, [seed], x.shape[1:], NOISES, device)()
+    key = evaluate.EVAL_SEED, [seed], x.shape[1:], NOISES, device, Purpose.PROBE
+    noises = diffusion.ImageNoise(*key)()
 
     def features_of(images):
         middle = range(n // 4, n - n // 4)
@@ -157,7 +160,7 @@ def from_scratch(cfg, x, positive, seed, device, steps=200, batch=8):
     net = config.build_model(dataclasses.replace(cfg, seed=seed)).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
     cfg = dataclasses.replace(cfg, steps=steps, warmup=steps // 10, lr_decay="cosine")
-    g = torch.Generator().manual_seed(seed)
+    g = batches.generator(seed, Purpose.FROM_SCRATCH)
 
     def logits(images):
         t = torch.ones(len(images), dtype=torch.long, device=device)
@@ -194,7 +197,7 @@ def few_labels(model, cfg, task, root, device, labels, draws, images, progress):
         return scores_of_pixels(segment(unseen).numpy() > 0.5, true)["DICE index"]
 
     for draw in range(draws):
-        order = np.random.default_rng(draw).permutation(len(Train.images))
+        order = np.random.default_rng([draw, Purpose.LABELS]).permutation(len(Train.images))
         for n in labels:
             x = data.to_float(Train.images[order[:n]])
             few = x, torch.from_numpy(Train.masks[order[:n]] > 127), draw, device

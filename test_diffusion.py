@@ -1,8 +1,10 @@
 """§2 and §3.2's samplers against exact oracles: no training, float64, on the CPU."""
 
 import functools
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
@@ -461,6 +463,23 @@ def test_sec43_noise_differs_for_another_seed_image_member_or_draw():
     keys = [(0, 1), (1, 0), (1, 1), (2, 1), (1, 2), (1 + high, 1), (1, 1 + high), (high, high)]
     values = torch.cat([draw(seed, [i], members=3, times=3).flatten() for seed, i in keys])
     assert len(values) == 8 * 3 * 3 * 16 and len(values.unique()) > len(values) - 3
+
+
+def test_no_two_purposes_share_a_random_number():
+    """2500 numbers of each stream, all different; the seeds for torch too, and the plain seeds."""
+    seeds, images, members = (0, 1, 2**40), (0, 1, 513), (0, 1, 8)
+    keys = list(itertools.product(seeds, D.Purpose, images, members))
+    raw = [D.philox(*key).bit_generator.random_raw(2500) for key in keys]
+    assert len(np.unique(raw)) == len(keys) * 2500
+    words = set(D.Purpose) - {D.Purpose.PHANTOM}  # word 0 is no word to a SeedSequence
+    states = [D.seed_of(*key) for key in itertools.product(seeds, words, range(30))]
+    states += [int(np.random.SeedSequence(seed).generate_state(1)[0]) for seed in (0, 1)]
+    assert len({*states, *seeds}) == len(states) + len(seeds)
+    for purpose in D.Purpose:
+        noise = D.ImageNoise(3, [5], (1, 4, 4), 2, purpose=purpose)()
+        for member in range(2):
+            expected = D.philox(3, purpose, 5, member).standard_normal((1, 4, 4), np.float32)
+            assert np.array_equal(noise[member], expected)
 
 
 def test_sec43_noise_is_standard_normal():

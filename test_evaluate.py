@@ -37,7 +37,7 @@ def test_every_sampler_finds_the_mask_that_the_network_knows_in_the_passes_it_sa
 
 @pytest.mark.parametrize("shift", [1.0, 0.3])
 @pytest.mark.parametrize(
-    "sampler, passes", [("ddim", 500), ("ode", 59), ("sde", 300), ("pc", 301), ("langevin", 901)]
+    "sampler, passes", [("ddim", 1000), ("ode", 59), ("sde", 300), ("pc", 301), ("langevin", 901)]
 )
 def test_every_sampler_draws_the_distribution_that_the_network_knows(sampler, passes, shift):
     """Pixels N(0.3, 0.04), exact noise predictor: mean and standard deviation of 2048 pixels.

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from diffusion import Purpose
+
 ROOT = Path(__file__).resolve().parent
 LEVELS = [  # a module imports project modules of lower levels only
     {"diffusion", "rrdb", "metrics", "console", "figures", "peers"},
@@ -175,6 +177,62 @@ def test_importing_a_module_does_nothing(path, side_effects):
 
 def test_importing_prints_nothing(side_effects):
     assert side_effects["printed"] == 0
+
+
+# ---------------------------------------- random numbers
+
+PURPOSES = {  # each function that begins a stream of random numbers: what it names of Purpose
+    "batches.batch": {"AUGMENTATION"},
+    "batches.draws": {"NOISE"},
+    "batches.order_of": {"ORDER"},
+    "evaluate.sample_images": set(),  # SAMPLE is ImageNoise's default
+    "evaluate.sample_masks": set(),
+    "phantoms.phantom": {"PHANTOM"},
+    "probes.fit": {"CLASSIFIER"},
+    "studies.anomaly_maps": {"ANOMALY_MAP"},
+    "studies.few_labels": {"LABELS"},
+    "studies.from_scratch": {"FROM_SCRATCH"},
+    "studies.probe": {"PROBE"},
+    "diffusion.ImageNoise": {"SAMPLE"},
+    "diffusion.philox": set(),  # these three hand on the purpose that they are given
+    "diffusion.seed_of": set(),
+    "batches.generator": set(),
+    "config.build_model": set(),  # these three have the seed alone
+    "evaluate.evaluated_rows": set(),
+    "evaluate.distances_to_held_out": set(),
+    "diffusion.l_simple": set(),  # a draw of no seed, where t or eps is not given
+    "probes.fit_member": set(),  # torch's seed, which probes.fit has set
+    "train.seconds_a_step": set(),  # noise whose values do not matter
+}
+STREAMS = {"ImageNoise", "philox", "seed_of", "generator", "Generator", "manual_seed", "seed"}
+DRAWS = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"}
+DRAWS |= {"bernoulli", "multinomial", "normal", "poisson"}
+
+
+def begins_a_stream(call):
+    """Whether a call makes a generator or sets a seed, or draws from a generator of no name."""
+    name = ast.unparse(call.func)
+    if name.startswith(("np.random.", "numpy.random.", "random.")):
+        return True
+    of_torch = name.removeprefix("torch.") in DRAWS and name.startswith("torch.")
+    named = any(keyword.arg == "generator" for keyword in call.keywords)
+    return name.rsplit(".", 1)[-1] in STREAMS or (of_torch and not named)
+
+
+def test_every_stream_of_random_numbers_has_a_purpose_of_its_own():
+    """No function draws but those above, each for its own purpose. benchmark.py measures time."""
+    found = {}
+    for path in MODULES:
+        nodes = [] if path.stem in ("benchmark", "peers") else parse(path).body
+        for node in nodes:
+            inner = list(ast.walk(node))
+            if any(isinstance(n, ast.Call) and begins_a_stream(n) for n in inner):
+                words = [ast.unparse(n) for n in inner if isinstance(n, ast.Attribute)]
+                purposes = {w.split(".")[1] for w in words if w.startswith("Purpose.")}
+                found[f"{path.stem}.{getattr(node, 'name', node.lineno)}"] = purposes
+    # ImageNoise names its default in its signature, and begins its streams by philox
+    assert found == PURPOSES
+    assert sorted(sum(map(list, PURPOSES.values()), [])) == sorted(Purpose.__members__)
 
 
 # ---------------------------------------- text

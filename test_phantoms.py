@@ -129,6 +129,21 @@ def test_a_phantom_is_a_function_of_seed_index_and_class(examples):
         assert not np.array_equal(again[1][0], phantoms.phantom(seed, index, kind, 64)[0])
 
 
+def test_the_numbers_of_a_phantom_are_those_that_drew_the_published_ones(monkeypatch):
+    """numpy's Philox of the key (seed, index), from its beginning."""
+
+    class Began(Exception):
+        pass
+
+    def patient(rng, size):
+        raise Began(rng.bit_generator.random_raw(100).tolist())
+
+    monkeypatch.setattr(phantoms, "Patient", patient)
+    with pytest.raises(Began) as began:
+        phantoms.phantom(3, 7, "Normal", 64)
+    assert began.value.args[0] == np.random.Philox(key=[3, 7]).random_raw(100).tolist()
+
+
 def test_the_healthy_twin_of_a_phantom_differs_by_its_opacities_alone(monkeypatch):
     """No infection, the same lungs, darker where opacities were, and not a Normal phantom.
 

@@ -87,7 +87,7 @@ def test_sec41_an_ideal_network_of_healthy_xrays_finds_every_infected_pixel_and_
         numbers = found["maps"][name]
         assert numbers["AUROC"] == pytest.approx(1, abs=1e-3) and numbers["Sensitivity"] == 1, name
         assert abs(numbers["threshold"]) < 1e-5
-        assert numbers["Specificity"] == pytest.approx(0.95, abs=0.05)
+        assert 0.9 <= numbers["Specificity"] <= 1
     gray, everything = (found["maps"][k] for k in ("gray value itself", "every pixel of the lungs"))
     assert 0.5 < gray["AUROC"] < 0.9 and gray["DICE index"] < 0.9
     assert everything["DICE index"] == pytest.approx(2 * 56 / (264 + 56))

@@ -73,7 +73,10 @@ def loss_of(cfg):
 
 
 def learning_rate(cfg, step):
-    """Linear warm-up, then constant, or a cosine that falls to 0 over the run."""
+    """Linear warm-up, then constant, or a cosine that falls over the run.
+
+    The last step is one step short of 0, so that it learns too.
+    """
     warm = min(1.0, step / cfg.warmup) if cfg.warmup else 1.0
     if cfg.lr_decay == "none":
         return cfg.lr * warm
