@@ -131,6 +131,27 @@ def test_sec45_an_attention_gate_is_its_formula_and_can_shut_a_skip_out():
     assert not torch.allclose(other, shut), "what lies below reaches the answer on its own"
 
 
+def test_every_convolution_begins_as_the_paper_says():
+    """[15]: weights N(0, 2 / inputs of an output), here 3 * 3 * 64 and 7 * 7 * 8 of them."""
+    for c_in, side in ((64, 3), (8, 7)):
+        weight = baselines.convolution(c_in, 128, side)[0].weight.detach()
+        error = math.sqrt(1 / (2 * weight.numel()))  # of a standard deviation, relative
+        assert float(weight.mean()) == pytest.approx(0, abs=0.01)
+        expected = math.sqrt(2 / (side * side * c_in))
+        assert float(weight.std()) == pytest.approx(expected, rel=5 * error)
+
+
+def test_sec45_the_stem_is_a_7x7_convolution_relu_and_the_maximum_of_3x3():
+    """ResNet's: two strides of 2, so that the stages begin at a quarter of the side."""
+    net, entered, y = baselines.Res50AttUNet(8), [], torch.randn(2, 1, 64, 64)
+    net.stages[0].register_forward_pre_hook(lambda m, args: entered.append(args[0]))
+    net(y)
+    conv, norm = net.stem[0]
+    h = norm(nn.functional.conv2d(y, conv.weight, conv.bias, stride=2, padding=3)).relu()
+    windows = nn.functional.pad(h, (1, 1, 1, 1)).unfold(2, 3, 2).unfold(3, 3, 2)
+    torch.testing.assert_close(entered[0], windows.amax((4, 5)))
+
+
 def test_sec45_a_bottleneck_is_three_convolutions_beside_a_shortcut():
     """A fresh one is ReLU of the shortcut: of the input itself where the size stays."""
     x = torch.randn(2, 8, 8, 8)

@@ -121,6 +121,15 @@ def test_sec21_each_objective_draws_its_own_times():
     assert torch.equal(t["vp"].ceil().long(), t["eps"])
 
 
+def test_sec21_ncsns_levels_are_drawn_with_the_same_density_from_the_smallest_up():
+    """P(one of the k smallest levels) = (k / 10)^t_power, to 4 standard errors."""
+    t = batches.draws(tiny(objective="ncsn", t_power=4.0), 1, torch.zeros(20_000, 1))[0]
+    for k, step in enumerate(sorted(score.ncsn_steps(1000)), 1):
+        expected = (k / 10) ** 4
+        error = math.sqrt(expected * (1 - expected) / 20_000)
+        assert (t <= step).double().mean() == pytest.approx(expected, abs=4 * error)
+
+
 # ---------------------------------------- augmentation
 
 # the horizontal coordinate of affine_grid; linear, so bilinear sampling is exact

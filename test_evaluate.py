@@ -12,7 +12,8 @@ import data
 import diffusion
 import evaluate
 import metrics
-from testing import CPU, Oracle, shake, split, tiny
+import score
+from testing import CPU, SIZES, Oracle, shake, split, tiny
 
 # ---------------------------------------- sampling
 
@@ -56,6 +57,50 @@ def test_every_sampler_draws_the_distribution_that_the_network_knows(sampler, pa
     x0 = evaluate.sample_images(World(), cfg, range(8))
     assert float(x0.mean()) == pytest.approx(0.3, abs=0.03)
     assert float(x0.std()) == pytest.approx(0.2, rel=0.08)
+
+
+@pytest.mark.parametrize("sampler", config.SAMPLERS)
+def test_every_sampler_keeps_an_image_beyond_the_range_at_its_end(sampler):
+    """A network whose x_0 is 3 everywhere: x_0_hat is clipped in each pass, the sample is 1."""
+    T = 20 if sampler == "ddpm" else 1000
+    synthesis = dict(task="synthesis", cond=None, target="x0")
+    cfg = tiny(**synthesis, sampler=sampler, ddim_steps=12, T=T)
+
+    class Bright:
+        def denoise(self, xt, t, e):
+            return torch.full_like(xt, 3.0)
+
+    x0 = evaluate.sample_images(Bright(), cfg, range(2))
+    torch.testing.assert_close(x0, torch.ones_like(x0), rtol=0, atol=0.05)
+
+
+def test_eta_is_that_of_ddim_and_comes_from_the_command_line():
+    """--set eta=0.7: the masks are those of ddim_sample with eta = 0.7, and others than with 0."""
+    words = f"--task lung {SIZES} --ddim-steps 4 --set channels=4 eta=0.7"
+    cfg = config.configure(config.parse(words.split()), CPU)
+    model, y = shake(config.build_model(cfg)), data.to_float(split(2).images)
+    found = evaluate.sample_masks(model, cfg, y, [3, 8])[:, 0]
+    s = diffusion.schedule(cfg.T)
+    eps_model = evaluate.eps_model_of(model, cfg, s, CPU)
+    noise, e = diffusion.ImageNoise(evaluate.EVAL_SEED, [3, 8], (1, 16, 16)), model.embed(y)
+    torch.testing.assert_close(found, diffusion.ddim_sample(s, eps_model, noise, e, 4, eta=0.7))
+    still = dataclasses.replace(cfg, eta=0.0)
+    assert (evaluate.sample_masks(model, still, y, [3, 8])[:, 0] - found).abs().max() > 0.1
+
+
+def test_the_corrector_has_the_signal_to_noise_ratio_of_its_paper(monkeypatch):
+    """[20] corrects with r = 0.16; sampler sde does not correct."""
+    ratios = []
+
+    def reverse_sde(process, at_time, noise, ts, correct=None):
+        ratios.append(correct)
+        return noise()
+
+    monkeypatch.setattr(score, "reverse_sde", reverse_sde)
+    for sampler in ("pc", "sde"):
+        cfg = tiny(task="synthesis", cond=None, sampler=sampler, ddim_steps=12)
+        evaluate.sample_images(None, cfg, range(1))
+    assert ratios == [0.16, None]
 
 
 def test_sec44_the_mask_of_a_supervised_network_is_its_probability():
@@ -164,6 +209,23 @@ def test_sec3_the_loss_of_a_perfect_network_is_zero_and_that_of_zeros_is_the_noi
     zeros = evaluate.eq7_loss(lambda xt, t, y: torch.zeros_like(xt), cfg, black, CPU)
     assert zeros["images"] == 5 == len(torch.cat(noises))
     assert zeros["loss"] == pytest.approx(float(torch.cat(noises).square().mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("target", diffusion.TARGETS)
+def test_sec3_a_network_is_measured_by_what_it_predicts(target):
+    """Black images: who answers what its target is scores 0, the others do not."""
+    cfg = tiny(task="synthesis", cond=None, target=target, eval_images=5)
+    black = data.Split(np.zeros((9, 1, 16, 16), np.uint8), None, [])
+    s = diffusion.schedule(cfg.T)
+    for answered in diffusion.TARGETS:
+
+        def perfect(xt, t, y, answered=answered):
+            x0 = torch.full_like(xt, -1.0)
+            eps = diffusion.predict_eps(s, xt, t, x0)
+            return diffusion.target_of(s, answered, x0, t, eps)
+
+        loss = evaluate.eq7_loss(perfect, cfg, black, CPU)["loss"]
+        assert (loss < 1e-6) == (answered == target)
 
 
 def test_a_shifted_schedule_is_the_one_a_run_is_measured_by(monkeypatch):

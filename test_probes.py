@@ -233,6 +233,13 @@ def test_sec41_calibration_counts_what_comes_true():
     assert error == pytest.approx((10 * 0.3 + 30 * 0.05) / 40)
 
 
+def test_sec41_errors_of_calibration_do_not_cancel_between_bins():
+    """Too low by 0.2 in one bin, too high by 0.2 in another: an error of 0.2, not of 0."""
+    p = torch.tensor([0.25, 0.75]).repeat_interleave(100)
+    true = torch.cat([torch.arange(100) < 45, torch.arange(100) < 55])
+    assert probes.expected_calibration_error(p, true) == pytest.approx(0.2)
+
+
 def test_sec41_a_drawn_mask_has_the_dice_of_its_probabilities_and_less_than_the_mean():
     """Masks that come true with probability p or q, counted on 10^6 pixels.
 

@@ -159,6 +159,13 @@ def test_sec21_noise_levels_of_the_grid_are_those_of_steps():
     assert sc.times(2, 0.2) == pytest.approx([1.0, 0.6, 0.2])
 
 
+def test_sec21_a_step_is_the_nearest_one_whatever_float_makes_of_its_time():
+    """0.029 times 1000 is 28.999...; 250.6 is nearer to 251; the ends are 1 and T."""
+    given = [0.029, 0.2506, 0.2504, 1e-9, 0.9999, 1.0]
+    assert [sc.nearest_step(t, 1000) for t in given] == [29, 251, 250, 1, 1000, 1000]
+    assert all(sc.nearest_step(k / 1000, 1000) == k for k in range(1, 1001))
+
+
 @every_process
 def test_sec21_tweedies_formula_is_the_posterior_mean(process):
     """In the Gaussian world: (v a x + std^2 m) / (a^2 v + std^2)."""

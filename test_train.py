@@ -12,6 +12,7 @@ import torch
 
 import baselines
 import batches
+import config
 import data
 import devices
 import diffusion
@@ -266,6 +267,19 @@ def test_one_step_is_one_update_and_the_average_follows_it():
     for e, p in zip(expected, trainer.ema.parameters()):
         torch.testing.assert_close(p, e, rtol=1e-5, atol=1e-7)
         assert not p.requires_grad and p.grad_fn is None  # else a run's whole graph is kept
+
+
+def test_a_run_begins_with_the_weights_of_its_seed():
+    """The network and its average: those of config.build_model, others for another seed."""
+    stems = []
+    for seed in (0, 1):
+        trainer = train.Trainer(tiny(seed=seed), CPU)
+        expected = config.build_model(tiny(seed=seed))
+        for model in (trainer.model, trainer.ema):
+            for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+                assert torch.equal(a, b)
+        stems.append(trainer.model.unet.stem.weight)
+    assert not torch.equal(*stems)
 
 
 def test_the_learning_rate_warms_up_then_stays_or_falls_to_nothing():

@@ -265,6 +265,10 @@ def test_sec4_position_code_names_places_whatever_the_grid():
     coarse = unet.position_code(torch.zeros(2, 1, 3, 3))
     close(coarse[1], fine[0, :, 1::3, 2::5], abs=1e-4)
     codes = unet.position_code(torch.zeros(1, 1, 64, 64))[0].flatten(1)
+    k, row = torch.arange(6), (torch.arange(9) + 0.5) / 9
+    turns = torch.pi * 2.0 ** k[:, None] * row  # octaves: 1, 2, 4, ... half turns
+    close(fine[0, :6, :, 0], turns.cos(), abs=1e-4)
+    close(fine[0, 12:18, :, 0], turns.sin(), abs=1e-4)
     nearest_other_place = torch.cdist(codes.T[::7], codes.T).sort(1).values[:, 1]
     assert nearest_other_place.min() > 0.05
 
@@ -312,6 +316,26 @@ def test_sec32_every_residual_block_hears_the_time(channels):
 
 
 # ---------------------------------------- the whole network
+
+
+def test_sec32_the_time_passes_two_linear_layers_and_the_answer_norm_silu_and_convolution():
+    """What every block hears of t, and what the head makes of the last block's output."""
+    net, heard, ends = awake(UNet(**SMALL)), [], []
+    for block in (*net.encoder, net.middle, *net.decoder):
+        block.register_forward_pre_hook(lambda m, args: heard.append(args[1]))
+    net.decoder[-1].register_forward_hook(lambda m, args, out: ends.append(out))
+    xt, t, _ = batch()
+    answer = net(xt, t)
+    first, last = net.time[0], net.time[-1]
+    code = unet.timestep_embedding(t, SMALL["channels"])
+    hidden = silu(torch.einsum("oc,bc->bo", first.weight, code) + first.bias)
+    emb = torch.einsum("oc,bc->bo", last.weight, hidden) + last.bias
+    for h in heard:
+        close(h, emb, abs=1e-5)
+    norm, convolution = net.head[0], net.head[-1]
+    normed = F.group_norm(ends[0], norm.num_groups, norm.weight, norm.bias, 1e-5)
+    weight, bias = convolution.weight, convolution.bias
+    close(answer, F.conv2d(silu(normed), weight, bias, padding=1), abs=1e-5)
 
 
 @pytest.mark.parametrize("cond", CONDITIONINGS)
