@@ -164,6 +164,12 @@ def test_the_mask_is_enlarged_before_it_is_thresholded(mirror, call, tmp_path):
     assert set(first) == {85}
 
 
+def test_where_a_side_shrinks_all_pixels_under_an_output_pixel_count():
+    """Columns -1, 1, 1, -1 at a quarter of the width: 0, and not what the middle of four shows."""
+    x = torch.tensor([-1.0, 1.0, 1.0, -1.0]).repeat(8, 8)
+    assert sample.enlarge(x, (8, 8)).abs().max() < 0.3
+
+
 def test_xrays_of_one_pixel_a_side_and_empty_masks_are_no_special_case(mirror, call, tmp_path):
     for name, size in (("dot", (1, 1)), ("row", (1, 9)), ("dark", (20, 30))):
         path = save(tmp_path / "in" / f"{name}.png", np.full(size, 90, np.uint8))
