@@ -177,6 +177,9 @@ def test_augmentation_is_the_stated_map_within_the_stated_ranges(strength):
         assert 0.95 * largest < values.max() <= 1.001 * largest
         assert -0.95 * largest > values.min() >= -1.001 * largest
         assert abs(values.mean()) < 0.06 * largest
+    six = torch.stack([angle, s.log(), d[:, 0], d[:, 1], contrast.log(), brightness])
+    together = torch.corrcoef(six) - torch.eye(6)
+    assert together.abs().max() < 5 / math.sqrt(2000)  # each is drawn by itself
 
 
 def test_augmentation_moves_the_mask_with_its_xray_and_keeps_it_two_valued():

@@ -173,7 +173,7 @@ def test_sec41_the_classifier_learns_a_mask_that_is_a_linear_function_of_the_fea
     x, w = torch.randn(4000, 6, generator=g), torch.randn(6, generator=g)
     known, labels = x[:2000], (x[:2000] @ w) > 0
     state = torch.get_rng_state()
-    classifiers = probes.fit(known, labels, members=2, steps=400)
+    classifiers = probes.fit(known, labels, members=2, steps=600)
     assert torch.equal(torch.get_rng_state(), state)
     images = x[2000:].view(5, 20, 20, 6).permute(0, 3, 1, 2)
     p = probes.classify(classifiers, images)
@@ -183,9 +183,9 @@ def test_sec41_the_classifier_learns_a_mask_that_is_a_linear_function_of_the_fea
     assert not torch.allclose(one, other)
     torch.testing.assert_close(p, (one + other) / 2)
     torch.testing.assert_close(probes.classify(classifiers, images[:1]), p[:1])  # each by itself
-    again = probes.fit(known, labels, members=1, steps=400)
+    again = probes.fit(known, labels, members=1, steps=600)
     assert torch.equal(probes.classify(again, images), one)
-    another = probes.fit(known, labels, members=1, steps=400, seed=1)
+    another = probes.fit(known, labels, members=1, steps=600, seed=1)
     assert not torch.allclose(probes.classify(another, images), one)
 
 

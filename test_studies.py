@@ -113,6 +113,15 @@ def test_every_xray_has_its_map_and_its_noise_however_many_there_are(monkeypatch
     assert asked == [list(range(5, 21)), [21, 22]] and shares == [16 / 18, 1]
 
 
+def test_sec41_a_map_is_the_mean_of_its_neighbourhood_and_needs_nothing_beyond_the_edge():
+    """Squares of 5; at the border the mean of the pixels that are there."""
+    x = torch.zeros(1, 1, 9, 9)
+    x[0, 0, 4, 4] = x[0, 0, 0, 0] = 1
+    found = studies.smooth(x)
+    assert float(found[0, 0, 4, 4]) == pytest.approx(1 / 25)
+    assert float(found[0, 0, 0, 0]) == pytest.approx(1 / 9)
+
+
 def test_the_maps_of_an_xray_do_not_depend_on_its_place_in_the_batch(monkeypatch):
     """The noise of image i comes from i alone: two X-rays together, in turn, and one by itself."""
     monkeypatch.setattr(studies, "BAND", range(400, 601, 100))
@@ -124,15 +133,6 @@ def test_the_maps_of_an_xray_do_not_depend_on_its_place_in_the_batch(monkeypatch
     for name, maps in both.items():
         torch.testing.assert_close(turned[name].flip(0), maps, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(alone[name], maps[1:], rtol=1e-3, atol=1e-4)
-
-
-def test_sec41_a_map_is_the_mean_of_its_neighbourhood_and_needs_nothing_beyond_the_edge():
-    """Squares of 5; at the border the mean of the pixels that are there."""
-    x = torch.zeros(1, 1, 9, 9)
-    x[0, 0, 4, 4] = x[0, 0, 0, 0] = 1
-    found = studies.smooth(x)
-    assert float(found[0, 0, 4, 4]) == pytest.approx(1 / 25)
-    assert float(found[0, 0, 0, 0]) == pytest.approx(1 / 9)
 
 
 # ---------------------------------------- few labels
