@@ -111,6 +111,7 @@ def test_sec44_a_skip_carries_each_level_of_the_unet_around_what_lies_below():
 def test_sec45_an_attention_gate_is_its_formula_and_can_shut_a_skip_out():
     skip, gate = torch.randn(2, 6, 5, 5), torch.randn(2, 3, 5, 5)
     net = baselines.AttentionGate(6, 3)
+    assert net.W_x.weight.shape == (3, 6, 1, 1)  # half of the skip's channels, as in the paper
 
     def by_pixel(layer, x):
         return torch.einsum("dc,bchw->bdhw", layer.weight[:, :, 0, 0], x)

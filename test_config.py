@@ -49,14 +49,18 @@ def test_size_report_and_recipe_report_are_the_defaults_of_the_fields(no_bf16, d
 
 
 def test_the_defaults_of_the_fields_are_the_numbers_of_the_report():
-    """§3.1, §3.2, §4.3, §4.4; and what the report does not have is off."""
+    """§3.1, §3.2, §4.3, §4.4; AdamW as the README says; what the report does not have is off."""
     images = dict(image_size=64, batch_size=512, epochs=100, lr=0.003, eval_images=512)
     network = dict(channels=192, channel_mult=(1, 2, 3, 4), blocks=2, head_channels=64, rrdbs=1)
     diffusion = dict(T=1000, attention_levels=(1, 2, 3), sampler="ddim", ddim_steps=50, ensemble=1)
     eq7 = dict(objective="eps", target="eps", t_power=1, noises=1, shift=1)
     off = dict(lr_decay="none", augment=0, eta=0, rrdb="report", stem="own")
+    adamw = dict(weight_decay=0.01, warmup=200, max_grad_norm=1, ema=0.999)
     defaults = dataclasses.asdict(Config(task="lung"))
-    assert (images | network | diffusion | eq7 | off).items() <= defaults.items()
+    assert (images | network | diffusion | eq7 | off | adamw).items() <= defaults.items()
+    steps = "AdamW (weight decay 0.01), 200 steps of warm-up (small: 50), gradient norm at most 1, "
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{steps}EMA 0.999 (small: 0.995; " in readme
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -144,6 +144,21 @@ def test_the_numbers_of_a_phantom_are_those_that_drew_the_published_ones(monkeyp
     assert began.value.args[0] == np.random.Philox(key=[3, 7]).random_raw(100).tolist()
 
 
+def test_fluid_hides_the_base_of_the_lungs_in_as_many_phantoms_as_its_share(monkeypatch):
+    """In none: a share of 0. In all: a share of 1; it fills the air below a level, and no other."""
+    air = {}
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(phantoms, "EFFUSION", share)
+        patients = [phantoms.Patient(np.random.default_rng(i), 64) for i in range(8)]
+        air[share] = [1 - patient.opacity("COVID-19")[0] for patient in patients]
+    for patient, without, filled in zip(patients, air[0.0], air[1.0]):
+        fluid = without - filled
+        assert fluid.min() > -1e-6 and (fluid > 0.1).any()
+        deep, high = patient.y > patient.diaphragm + 0.6, patient.y < patient.diaphragm - 0.8
+        assert filled[deep & (patient.across < 1)].max(initial=0) < 0.05
+        assert abs(fluid[high & patient.lung]).max(initial=0) < 1e-6
+
+
 def test_the_healthy_twin_of_a_phantom_differs_by_its_opacities_alone(monkeypatch):
     """No infection, the same lungs, darker where opacities were, and not a Normal phantom.
 
