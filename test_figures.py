@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import figures
@@ -27,6 +28,15 @@ def titles(axes):
 
 
 # ---------------------------------------- images in rows
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_mask_of_one_value_has_no_outline():
+    """Neither a blank mask nor a full one is drawn, and matplotlib has nothing to warn of."""
+    _, ((ax,),) = figures.figure(1, 1, 2, 2)
+    for value in (0, 255):
+        figures.contour(ax, gray(value)[0], figures.TRUE)
+    assert not ax.collections
 
 
 def test_image_rows_puts_each_array_in_its_place():

@@ -95,11 +95,12 @@ def test_sec41_the_reconstruction_is_the_healthy_image_and_the_residual_the_squa
     x, where = painted(x0, 0.6)
 
     def model(xt, t, y):
+        assert y == "y"
         steps.append(int(t[0]))
         began.append(xt)
         return ideal(x0)(xt, t)
 
-    back = probes.reconstruct(S, model, x, 300, 7, draws(x0)())
+    back = probes.reconstruct(S, model, x, 300, 7, draws(x0)(), "y")
     torch.testing.assert_close(began[0], diffusion.q_sample(S, x, 300, draws(x0)()))
     torch.testing.assert_close(back, x0)
     torch.testing.assert_close(x - back, 0.6 * where.double())

@@ -153,6 +153,24 @@ def random_network(cfg):
     return model.eval().requires_grad_(False)
 
 
+def test_sec41_a_probe_reads_the_middle_half_of_the_decoder_at_three_steps(monkeypatch):
+    """[3]: blocks 1 to 4 of 6, with the same four noises for every image; others in another draw."""
+    (x, positive), cfg, noises = bright_images(3, 0), settings(), []
+
+    def features(s, net, x0, ts, blocks, eps):
+        assert ts == (50, 150, 250) and list(blocks) == [1, 2, 3, 4] and len(net.decoder) == 6
+        noises.append(eps)
+        return x0
+
+    monkeypatch.setattr(studies.probes, "features", features)
+    for draw in (0, 0, 1):
+        learned = studies.probe(config.build_model(cfg), cfg, x, positive, draw, CPU, members=1)
+        learned(x)
+    assert all(eps.shape == (4, 1, SIDE, SIDE) for eps in noises)
+    first, again, same, _, other, _ = noises
+    assert torch.equal(first, again) and torch.equal(first, same) and not torch.equal(first, other)
+
+
 @pytest.mark.parametrize("learner", ["probe", "from scratch"])
 def test_sec41_both_learners_find_bright_pixels_from_a_few_images(learner):
     """Probe of a random network, and the same U-Net from scratch: unseen images, 0.85 DICE.
