@@ -154,7 +154,7 @@ def random_network(cfg):
 
 
 def test_sec41_a_probe_reads_the_middle_half_of_the_decoder_at_three_steps(monkeypatch):
-    """[3]: blocks 1 to 4 of 6, with the same four noises for every image; others in another draw."""
+    """[3]: blocks 1 to 4 of 6; four noises, the same for every image, others in another draw."""
     (x, positive), cfg, noises = bright_images(3, 0), settings(), []
 
     def features(s, net, x0, ts, blocks, eps):
