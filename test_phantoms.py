@@ -159,6 +159,39 @@ def test_fluid_hides_the_base_of_the_lungs_in_as_many_phantoms_as_its_share(monk
         assert abs(fluid[high & patient.lung]).max(initial=0) < 1e-6
 
 
+def test_devices_and_markers_are_as_frequent_as_their_shares(monkeypatch):
+    """0.35 and 0.6 of 200 phantoms, to 4 standard errors."""
+    drawn = []
+    for name in ("devices", "side_marker"):
+        monkeypatch.setattr(phantoms.Patient, name, lambda p, name=name: drawn.append(name) or 0)
+    for i in range(200):
+        phantoms.phantom(0, i, "Normal", 16)
+    for name, share in (("devices", 0.35), ("side_marker", 0.6)):
+        error = math.sqrt(share * (1 - share) / 200)
+        assert drawn.count(name) / 200 == pytest.approx(share, abs=4 * error)
+
+
+def test_a_marker_stands_on_the_side_that_it_names():
+    """R beside the patient's right shoulder, at the picture's left, 7 times in 10; else L."""
+    left = []
+    for i in range(100):
+        place = np.argwhere(phantoms.Patient(np.random.default_rng(i), 64).side_marker() > 0.5)
+        if len(place):  # a patient who is turned or shifted can hide it
+            left.append(place[:, 1].mean() < 32)
+    assert len(left) > 60 and 0.5 < np.mean(left) < 0.9
+
+
+def test_quantum_noise_is_of_its_size_and_grows_with_the_exposure(monkeypatch):
+    """Between two films of one patient: 0.02 N(0, 1) (0.3 + gray)."""
+    films = {}
+    for size in (0.0, 0.02):
+        monkeypatch.setattr(phantoms, "NOISE", (size, size))
+        patients = [phantoms.Patient(np.random.default_rng(i), 64) for i in range(9)]
+        films[size] = [patient.film(1 - patient.air) for patient in patients]
+    z = [(b - a) / (0.3 + a) for a, b in zip(films[0.0], films[0.02])]
+    assert np.median([part.std() for part in z]) == pytest.approx(0.02, rel=0.05)
+
+
 def test_the_healthy_twin_of_a_phantom_differs_by_its_opacities_alone(monkeypatch):
     """No infection, the same lungs, darker where opacities were, and not a Normal phantom.
 
