@@ -21,8 +21,8 @@ import data
 import diffusion
 import metrics
 import score
-from console import Parser, UserError, exit_status, message
-from devices import autocast, divided_among_processes, in_chunks
+from console import Parser, UserError, exit_status, message, passes_line
+from devices import autocast, divided_among_processes, in_chunks, world
 
 EVAL_SEED = 0  # chooses the images that are evaluated and their x_T, the same in every run (§4.3)
 REPORT_TABLES = {  # Tables 1 and 2: (addition, concatenation)
@@ -184,6 +184,12 @@ def images_sampled(cfg, sizes):
         return min(sizes["Val"] // 2, cfg.eval_images) * passes_of(cfg)
     n = sum(min(size, cfg.eval_images) for size in sizes.values())
     return n * passes_of(cfg) * cfg.ensemble
+
+
+def progress_of(cfg, what, sizes, check=lambda: None):
+    """progress(images) that shows how far this process has come with an evaluation."""
+    total = images_sampled(cfg, sizes) // world()
+    return passes_line(f"evaluating {what}: passes", total, check)
 
 
 def time_left(cfg, sizes, step, each, evaluate_s=0.0):

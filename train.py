@@ -37,16 +37,7 @@ import diffusion
 import evaluate
 import runs
 import score
-from console import (
-    StatusLine,
-    Stopped,
-    StopSignals,
-    UserError,
-    clock,
-    exit_status,
-    message,
-    passes_line,
-)
+from console import StatusLine, Stopped, StopSignals, UserError, clock, exit_status, message
 
 SAVE_EVERY = 300  # seconds between checkpoints
 
@@ -245,7 +236,7 @@ class Run:
         """Evaluate train and validation, log and draw it, and keep last.pt and best.pt."""
         step, start = self.trainer.step, time.monotonic()
         self.check_finite()
-        progress = self.evaluation_progress(f"step {step}", self.sizes, signals.check)
+        progress = evaluate.progress_of(self.cfg, f"step {step}", self.sizes, signals.check)
         masks = self.cfg.task != "synthesis"
         measure = evaluate.evaluate_masks if masks else evaluate.evaluate_images
         model = devices.laid_out(self.trainer.ema, self.device)
@@ -266,16 +257,12 @@ class Run:
 
     def test(self, splits):
         """{"Test": as evaluate_masks} of the Test split. Nothing is chosen by it."""
-        progress = self.evaluation_progress("Test", {"Test": len(splits["Test"].images)})
+        progress = evaluate.progress_of(self.cfg, "Test", {"Test": len(splits["Test"].images)})
         model = devices.laid_out(self.trainer.ema, self.device)
         report, _ = evaluate.evaluate_masks(model, self.cfg, splits, self.device, progress)
         self.log.add(step=self.trainer.step, protocol=self.protocol, **report)
         message(f"Test, {report['Test']['images']} images: {evaluate.headline(report['Test'])}")
         return report
-
-    def evaluation_progress(self, what, sizes, check=lambda: None):
-        total = evaluate.images_sampled(self.cfg, sizes) // devices.world()
-        return passes_line(f"evaluating {what}: passes", total, check)
 
     def show(self):
         """Step, loss, images a second, and the time left with its evaluations."""
