@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import diffusion
 import unet
 from rrdb import ConditionEmbedder
+from testing import group_norm_as_on_cuda
 from unet import ConditionalUNet, CrossAttention, LinearAttention, ResidualBlock, UNet
 
 SMALL = dict(channels=24, channel_mult=(1, 2), attention_at=(8,), head_channels=24, image_size=16)
@@ -313,6 +314,57 @@ def test_sec32_every_residual_block_hears_the_time(channels):
     block = awake(ResidualBlock(channels, channels, 8).double())
     x, emb = randn(1, channels, 4, 4, dtype=torch.float64), randn(2, 1, 8, dtype=torch.float64)
     assert changed(block(x, emb[0]), block(x, emb[1])) > 1e-3
+
+
+# ---------------------------------------- 16 bits
+
+
+def test_activations_stay_in_16_bits_between_the_convolutions_also_on_cuda(monkeypatch):
+    """Where autocast would widen GroupNorm. The head's convolution alone takes float32.
+
+    The answer is the float32 network's up to the rounding of 16 bits.
+    """
+    net, seen = conditional("add"), {}
+    xt, t, y = batch()
+    with torch.no_grad():
+        exact = net(xt, t, y)
+    group_norm_as_on_cuda(monkeypatch)
+    for name, layer in net.unet.named_modules():
+        if isinstance(layer, (nn.GroupNorm, nn.Conv2d, nn.SiLU)):
+            layer.register_forward_pre_hook(lambda m, a, name=name: seen.update({name: a[0].dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = net(xt, t, y)
+        answer.square().sum().backward()
+    assert seen.pop("stem") == seen.pop("head.2") == answer.dtype == torch.float32
+    assert len(seen) > 20 and set(seen.values()) == {torch.bfloat16}
+    assert changed(exact, answer.detach()) < 0.03
+    for name, p in net.named_parameters():
+        assert p.grad.dtype == torch.float32 and p.grad.abs().max() > 0, name
+
+
+def test_the_statistics_of_16_bit_activations_are_in_float32():
+    """The norm of 16-bit numbers that sum to 4 million differs by their last rounding alone."""
+    x = (1000 + randn(2, 24, 16, 16)).bfloat16()
+    norm = awake(unet.group_norm(24))
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = norm(x)
+    exact = F.group_norm(x.double(), 6, norm.weight.double(), norm.bias.double(), 1e-5)
+    assert answer.dtype == torch.bfloat16
+    close(answer.double(), exact, rel=2**-8, abs=1e-3)
+
+
+def test_eq2_a_16_bit_network_knows_x0_at_the_noisiest_step():
+    """The head answers in float32: bf16's rounding of eps would move x_0 by 0.26 at t = 1000."""
+    head = awake(UNet(**SMALL).head, 0.3)
+    h = randn(1, 24, 16, 16).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        eps = head(h)
+        exact = head[2].double()(head[1](head[0](h)).double())
+    s, xt, t = diffusion.linear_schedule(), randn(1, 1, 16, 16, dtype=torch.float64), 1000
+    x0, exact_x0 = (diffusion.predict_x0(s, xt, t, e.double()) for e in (eps, exact))
+    assert (x0 - exact_x0).abs().max() < 1e-3
+    rounded = diffusion.predict_x0(s, xt, t, exact.bfloat16().double())
+    assert (rounded - exact_x0).abs().max() > 0.1
 
 
 # ---------------------------------------- the whole network

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import config
 import data
@@ -66,6 +67,24 @@ class Oracle(torch.nn.Module):
         x0 = torch.where(e > 0, 1.0, -1.0)
         eps = diffusion.predict_eps(self.s, xt, t, x0)
         return diffusion.target_of(self.s, self.target, x0, t, eps)
+
+
+def group_norm_as_on_cuda(monkeypatch, kind=torch.Tensor):
+    """Tensors of this class say is_cuda, and F.group_norm is as CUDA has it.
+
+    Under autocast it is float32, without autocast its arguments have one dtype.
+    """
+    exact = F.group_norm
+
+    def group_norm(x, groups, weight, bias, eps):
+        if not torch.is_autocast_enabled("cpu"):
+            assert weight.dtype == bias.dtype == x.dtype
+            return exact(x, groups, weight, bias, eps)
+        with torch.autocast("cpu", enabled=False):
+            return exact(x.float(), groups, weight.float(), bias.float(), eps)
+
+    monkeypatch.setattr(F, "group_norm", group_norm)
+    monkeypatch.setattr(kind, "is_cuda", True, raising=False)
 
 
 # ---------------------------------------- run folders
