@@ -31,6 +31,7 @@ from testing import (
     results_of,
     shake,
     split,
+    start,
     state_of,
     tensors,
     tiny,
@@ -339,26 +340,43 @@ def test_three_processes_learn_and_measure_what_one_does_and_one_goes_on_from_tw
 
 FAILS = """import os, sys
 sys.path.insert(0, {root!r})
-import console, train
-step = train.Trainer.train_step
-def planted(self, *split):
-    if self.step == 2 and os.environ["RANK"] == "1":
-        raise console.UserError("planted in the second process")
-    return step(self, *split)
-train.Trainer.train_step = planted
+import torch, console, train
+trainer, adamw = train.Trainer, torch.optim.AdamW
+owner, name, error = {planted}
+exact, calls = getattr(owner, name), []
+def planted(*args, **options):
+    calls.append(1)
+    if len(calls) == 3 and os.environ.get("RANK", "1") == "1":
+        raise error
+    return exact(*args, **options)
+setattr(owner, name, planted)
 sys.exit(train.main())
 """
+USER_ERROR = 'trainer, "train_step", console.UserError("planted in the second process")'
+MOMENTS = 'adamw, "step", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")'
+PASS = 'trainer, "backward", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")'
+MEMORY = "train.py: error: out of memory"
+FAILURES = [
+    (2, USER_ERROR, "train.py: error: planted in the second process"),
+    (2, MOMENTS, f"{MEMORY}; --resume goes on from the last checkpoint"),
+    (1, MOMENTS, f"{MEMORY}; --resume goes on from the last checkpoint"),
+    (2, PASS, f"{MEMORY} with 3 images at once; try a smaller --micro-batch"),
+]
 
 
-def test_a_process_that_fails_ends_the_run_with_its_error(root, tmp_path):
-    """The other one does not wait for it, and what was saved before is whole."""
+@pytest.mark.parametrize("processes, planted, line", FAILURES)
+def test_a_process_that_fails_ends_the_run_with_its_error(processes, planted, line, root, tmp_path):
+    """The other one does not wait for it: it ends with a line, too. What was saved is whole."""
     script = tmp_path / "fails.py"
-    script.write_text(FAILS.format(root=str(ROOT)))
-    words = [*SHARED.split(), "--data", root, "--out", "run"]
-    command = torchrun(2, script, words, tmp_path)
-    _, errors = command.communicate(timeout=300)
-    assert command.returncode == 1
-    assert errors.count("error: planted in the second process") == 1
+    script.write_text(FAILS.format(root=str(ROOT), planted=planted))
+    words = [*SHARED.replace("--batch-size 7", "--batch-size 6").split(), "--data", root, "--out", "run"]
+    many = processes > 1
+    command = torchrun(2, script, words, tmp_path) if many else start([script, *words], tmp_path)
+    _, errors = command.communicate(timeout=120)
+    assert command.returncode == (1 if many else 2)
+    assert [words for words in errors.splitlines() if words.startswith(line)], errors
+    assert errors.count("train.py: error") == 1
+    assert errors.count("train.py: stopped: another process ended") <= processes - 1
     assert state_of(tmp_path / "run")["step"] == 0
 
 
