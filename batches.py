@@ -50,14 +50,26 @@ class Batch(NamedTuple):
 
 def batch(cfg, step, images, masks):
     """The batch of a step (1, 2, ...). images, masks: the whole split, uint8 on the device."""
-    rows = batch_indices(cfg, len(images), step).to(images.device)
+    rows = sent(batch_indices(cfg, len(images), step), images.device)
     x0, y = data.to_float(images[rows]), None
     if masks is not None:
         x0, y = data.to_float(masks[rows]), x0
     if cfg.augment:
         y, x0 = augment(y, x0, generator(cfg.seed, Purpose.AUGMENTATION, step), cfg.augment)
-    t, eps = (None, None) if cfg.supervised else draws(cfg, step, x0)
-    return Batch(x0, y, t, eps)
+    if cfg.supervised:
+        return Batch(x0, y, None, None)
+    t, eps = draws(cfg, step, x0)
+    t = sent(t, images.device) if cfg.objective == "eps" else t  # §2.1 reads its t on the CPU
+    return Batch(x0, y, t, sent(eps, images.device))
+
+
+def sent(tensor, device):
+    """A CPU tensor on its way to the device.
+
+    Nobody waits for a GPU to receive it, so the CPU draws a batch while the step before it runs.
+    """
+    on_gpu = device.type == "cuda"
+    return (tensor.pin_memory() if on_gpu else tensor).to(device, non_blocking=on_gpu)
 
 
 # ---------------------------------------- which images
@@ -88,8 +100,11 @@ def generator(seed, purpose, *numbers):
 def draws(cfg, step, like):
     """t (B, K) and eps (B, K, C, H, W) of Eq. (7) for batch `step`, K = cfg.noises noises an image.
 
+    Both are on the CPU. Every process draws those of the whole batch: torch's generator cannot
+    skip the rows of the others.
+
     The K values of t of an image are stratified: one from each K-th of t's distribution.
-    like  (B, C, H, W), on the device that eps is wanted on
+    like  (B, C, H, W)
     t     int64 in 1..T; objective ncsn: the steps of its ten levels; vp: float64 in [1, T]
     """
     g, K = generator(cfg.seed, Purpose.NOISE, step), cfg.noises
@@ -100,8 +115,7 @@ def draws(cfg, step, like):
         t = steps[(len(steps) * u ** (1 / cfg.t_power)).long()]
     if cfg.objective == "eps":
         t = t.ceil().long()
-    eps = torch.randn(len(like), K, *like.shape[1:], generator=g, pin_memory=like.is_cuda)
-    return t, eps.to(like.device, non_blocking=True)
+    return t, torch.randn(len(like), K, *like.shape[1:], generator=g)
 
 
 # ---------------------------------------- augmentation
@@ -123,7 +137,8 @@ def augment(x, mask, generator, strength=1.0):
 
     No flips: the heart is on one side.
     """
-    u = strength * (2 * torch.rand(6, len(x), 1, 1, generator=generator) - 1).to(x)
+    u = torch.rand(6, len(x), 1, 1, generator=generator)
+    u = sent(strength * (2 * u - 1), x.device).to(x.dtype)
     angle, scale, contrast = math.pi / 18 * u[0], 1.1 ** u[1], 1.25 ** u[4]
     right, down, brightness = 0.1 * u[2], 0.1 * u[3], 0.2 * u[5]
     first = torch.cat([scale * angle.cos(), -scale * angle.sin(), right], -1)  # (B, 1, 3)

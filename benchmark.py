@@ -418,10 +418,11 @@ def samples_without(cfg, device):
     return jobs
 
 
-class EmbedsEveryPass:
+class EmbedsEveryPass(torch.nn.Module):
     """A model that embeds y at every pass, as for a sampler that knows only model(xt, t, y)."""
 
     def __init__(self, model):
+        super().__init__()
         self.model, self.embed = model, torch.nn.Identity()
 
     def denoise(self, xt, t, y):

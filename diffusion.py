@@ -25,7 +25,7 @@ import torch
 
 
 class Schedule(NamedTuple):
-    """beta_t, alpha_t and abar_t for t = 0..T, float64, on the CPU.
+    """beta_t, alpha_t and abar_t for t = 0..T, float64.
 
     Entry 0 is the clean image: beta_0 = 0, abar_0 = 1.
     """
@@ -72,10 +72,15 @@ def shifted(s, scale):
 
 
 @functools.lru_cache(maxsize=8)
-def schedule(T, shift=1.0):
-    """The schedule of a run: §3.2's linear one in T steps, shifted by `shift` unless that is 1."""
+def schedule(T, shift=1.0, device="cpu"):
+    """The schedule of a run: §3.2's linear one in T steps, shifted by `shift` unless that is 1.
+
+    It lies on the device, so that no step has to wait for a coefficient from the CPU. Apple's MPS
+    has no float64, so there it stays on the CPU.
+    """
     s = linear_schedule(T)
-    return s if shift == 1 else shifted(s, shift)
+    s = s if shift == 1 else shifted(s, shift)
+    return s if torch.device(device).type == "mps" else Schedule(*(v.to(device) for v in s))
 
 
 def at(v, t, x):
@@ -84,7 +89,7 @@ def at(v, t, x):
     t (B,) gives (B, 1, 1, 1), an int t gives (1, 1, 1, 1). v (T+1,) is computed in float64 and cast
     to x's dtype here, at the last moment.
     """
-    t = torch.as_tensor(t, device=v.device)
+    t = t.to(v.device) if isinstance(t, torch.Tensor) else t
     return v[t].to(x.device, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -395,8 +400,8 @@ def ddim_step(s, xt, eps, t, t_prev, eta=0.0, noise=None):
     sigma = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
     x0_hat = predict_x0(s, xt, t, eps)
     eps_weight = (1 - abar_prev - sigma**2).clamp(min=0).sqrt()
-    x_prev = float(abar_prev.sqrt()) * x0_hat + float(eps_weight) * eps
-    return x_prev if eta == 0 else x_prev + float(sigma) * noise
+    x_prev = abar_prev.sqrt() * x0_hat + eps_weight * eps
+    return x_prev if eta == 0 else x_prev + sigma * noise
 
 
 @torch.no_grad()

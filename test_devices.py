@@ -52,6 +52,79 @@ def test_channels_last_changes_a_mask_by_rounding_alone():
     torch.testing.assert_close(fast, plain, atol=1e-4, rtol=0)
 
 
+def test_weights_cast_to_16_bits_once_give_the_masks_of_weights_cast_at_every_pass(monkeypatch):
+    """Bit for bit. No layer of the U-Net is cast in a pass but the head's convolution."""
+    cfg = tiny(ddim_steps=3, precision="bf16")
+    model = shake(config.build_model(cfg)).requires_grad_(False)
+    y, seen = data.to_float(split(3).images), set()
+
+    def weights(layer, args):
+        seen.update({layer.weight.dtype})
+
+    for layer in model.unet.modules():
+        if (
+            isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))
+            and layer is not model.unet.head[2]
+        ):
+            layer.register_forward_pre_hook(weights)
+    once = evaluate.sample_masks(model, cfg, y, [0, 1, 2])
+    assert seen == {torch.bfloat16} and model.unet.stem.weight.dtype == torch.float32
+    monkeypatch.setattr(evaluate, "cast_once", lambda model, cfg: model)
+    assert torch.equal(evaluate.sample_masks(model, cfg, y, [0, 1, 2]), once)
+    assert once.std() > 0.1 and torch.float32 in seen
+
+
+# ---------------------------------------- nothing waits for the CPU
+
+
+class Copies(TorchDispatchMode):
+    """Counts what is copied from the CPU to torch's meta device, which stands for a GPU here.
+
+    Reading a number back from it is an error.
+    """
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        answer = operation(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        on_cpu = any(x.device.type == "cpu" for x in tensors)
+        self.count += isinstance(answer, torch.Tensor) and answer.is_meta and on_cpu
+        return answer
+
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize("target", ["eps", "v", "x0"])
+def test_a_step_waits_for_no_copy_and_reads_nothing_back(target, monkeypatch):
+    """Rows, t and eps go to the device by `sent`, which does not wait; nothing else goes there."""
+    cfg, sent = tiny(noises=2, target=target, augment=1.0), []
+    images, masks = (torch.empty(8, 1, 16, 16, dtype=torch.uint8, device=META) for _ in range(2))
+    exact = batches.sent
+    monkeypatch.setattr(batches, "sent", lambda x, device: sent.append(x) or exact(x, device))
+    model, loss = config.without_memory(cfg), train.loss_of(cfg)
+    diffusion.schedule(cfg.T, cfg.shift, META)
+    with Copies() as copies:
+        batch = batches.batch(cfg, 1, images, masks)
+        assert copies.count == len(sent) == 4  # rows, augmentation, t, eps
+        for part, _ in batch.parts(3):
+            loss(model, part).backward()
+    assert copies.count == 4
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_a_sampler_waits_for_no_copy_and_reads_nothing_back(eta):
+    """DDIM: the coefficients of every step are on the device already."""
+    cfg = tiny(ddim_steps=4, eta=eta, target="v")
+    model, s = config.without_memory(cfg), diffusion.schedule(cfg.T, cfg.shift, META)
+    eps_model = evaluate.eps_model_of(model, cfg, s, CPU)
+    y = torch.empty(2, 1, 16, 16, device=META)
+    with Copies() as copies:
+        evaluate.sample_with(cfg, s, eps_model, lambda: torch.empty_like(y), model.embed(y))
+    assert copies.count == 0
+
+
 # ---------------------------------------- memory
 
 
@@ -369,7 +442,13 @@ def test_a_process_that_fails_ends_the_run_with_its_error(processes, planted, li
     """The other one does not wait for it: it ends with a line, too. What was saved is whole."""
     script = tmp_path / "fails.py"
     script.write_text(FAILS.format(root=str(ROOT), planted=planted))
-    words = [*SHARED.replace("--batch-size 7", "--batch-size 6").split(), "--data", root, "--out", "run"]
+    words = [
+        *SHARED.replace("--batch-size 7", "--batch-size 6").split(),
+        "--data",
+        root,
+        "--out",
+        "run",
+    ]
     many = processes > 1
     command = torchrun(2, script, words, tmp_path) if many else start([script, *words], tmp_path)
     _, errors = command.communicate(timeout=120)

@@ -48,7 +48,7 @@ def loss_of(cfg):
     """The loss that a run learns by, as loss(model, micro-batch): it is chosen here, once."""
 
     def eq7(model, part):
-        s = diffusion.schedule(cfg.T, cfg.shift)
+        s = diffusion.schedule(cfg.T, cfg.shift, part.x0.device)
         return diffusion.l_simple(s, model, part.x0, part.y, part.t, part.eps, cfg.target)
 
     def sec21(model, part):
