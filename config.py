@@ -130,6 +130,8 @@ class Config:
                              {"fast bf16": "bf16"}, choices=("bf16", "fp32"))
     micro_batch: int = setting(0, "images a forward pass, or auto: what fits; same gradient", "",
                                MACHINE, least=0)
+    plan: str = setting("plain", "layout or compiler of the step; the same numbers to rounding",
+                        choices=("plain", "channels-last", "compiled"))
 
     @property
     def supervised(self):

@@ -91,13 +91,21 @@ def cast_once(model, cfg):
     if cfg.precision != "bf16":
         return model
     model = copy.deepcopy(model)
-    for module in model.modules():
-        for layer in module.children():
-            if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear)) and not isinstance(
-                module, Head
-            ):
-                layer.to(torch.bfloat16)
+    heads = [module[-1] for module in model.modules() if isinstance(module, Head)]
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear)) and layer not in heads:
+            layer.to(torch.bfloat16)
     return model
+
+
+def as_planned(model, cfg):
+    """What a training step calls, by cfg.plan: the model as it is, or compiled, of its weights.
+
+    With plan channels-last the weights are laid out anew. The first step compiles, for minutes.
+    """
+    if cfg.plan == "channels-last":
+        model.to(memory_format=torch.channels_last)
+    return torch.compile(model) if cfg.plan == "compiled" else model
 
 
 # ---------------------------------------- memory

@@ -1,6 +1,7 @@
 """The machine: precision, memory and several processes change no number of a run."""
 
 import dataclasses
+import functools
 import signal
 import weakref
 
@@ -72,6 +73,42 @@ def test_weights_cast_to_16_bits_once_give_the_masks_of_weights_cast_at_every_pa
     monkeypatch.setattr(evaluate, "cast_once", lambda model, cfg: model)
     assert torch.equal(evaluate.sample_masks(model, cfg, y, [0, 1, 2]), once)
     assert once.std() > 0.1 and torch.float32 in seen
+
+
+# ---------------------------------------- the ways to run a step
+
+
+def three_steps(plan):
+    """(losses, weights) of a Trainer's first three steps by this plan."""
+    trainer = train.Trainer(tiny(plan=plan), CPU)
+    shake(trainer.model)
+    losses = [float(trainer.train_step(*tensors(8))) for _ in range(3)]
+    return losses, dict(trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize("plan", ["channels-last", "compiled"])
+def test_every_plan_takes_the_same_steps(plan, monkeypatch):
+    """Losses and weights agree to rounding, under the same names; and the plan is carried out.
+
+    Compiled: traced with its backward pass by torch.compile. No compiler is needed here: what it
+    traced runs by torch's own kernels.
+    """
+    traced = functools.partial(torch.compile, backend="aot_eager")
+    calls, planned = [], devices.as_planned
+
+    def as_planned(model, cfg):
+        calls.append(planned(model, cfg))
+        return calls[-1]
+
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(devices, "as_planned", as_planned)
+    (losses, weights), (expected, plain) = three_steps(plan), three_steps("plain")
+    assert losses == pytest.approx(expected, rel=1e-5) and len(set(losses)) == 3
+    torch.testing.assert_close(weights, plain, rtol=1e-4, atol=1e-5)
+    model = calls[0]
+    assert hasattr(model, "_orig_mod") == (plan == "compiled")
+    last = model.unet.encoder[0][0].conv_2.weight.is_contiguous(memory_format=torch.channels_last)
+    assert last == (plan == "channels-last")
 
 
 # ---------------------------------------- nothing waits for the CPU
