@@ -95,9 +95,8 @@ class Config:
                          None, {"small": 0.995}, least=0, below=1)
     seed: int = setting(0, "of weights, order and noise", "", TRAINING, least=0, below=2**63)
 
-    channels: int = setting(192, "width of the first level", "§3.2", None,
-                            {"small": 16, "published": 64, "small published": 32}, least=2,
-                            most=4096)
+    channels: int = setting(192, "width of the first level", "§3.2", least=2, most=4096,
+                            cases={"small": 16, "published": 64, "small published": 32})
     channel_mult: tuple = setting((1, 2, 3, 4), "widths, times channels", "§3.2", about="network")
     blocks: int = setting(2, "residual blocks a level", "§3.2", None, {"small": 1}, "network",
                           least=1, most=64)

@@ -21,6 +21,7 @@ import data
 import diffusion
 import metrics
 import score
+from console import Parser, UserError, exit_status, message, passes_line
 from devices import autocast, cast_once, divided_among_processes, in_chunks, world
 
 EVAL_SEED = 0  # chooses the images that are evaluated and their x_T, the same in every run (§4.3)
