@@ -199,6 +199,24 @@ def test_a_run_ends_well_where_there_is_no_git(go, monkeypatch, no_pictures):
 # ---------------------------------------- checkpoints
 
 
+def test_the_commit_is_that_of_this_checkout_and_tells_what_differs_from_it(tmp_path, monkeypatch):
+    """Short hash; "+changes" where a file of it differs; nothing for a folder inside of another."""
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    (tmp_path / "runs.py").write_text("first")
+    somebody = ("-c", "user.name=a", "-c", "user.email=b")
+    for words in (("init",), ("add", "runs.py"), (*somebody, "commit", "-m", "first")):
+        runs.git(*words)
+    hash_ = runs.git("rev-parse", "--short", "HEAD")
+    assert hash_ and runs.commit() == hash_
+    (tmp_path / "results.json").touch()  # what git does not know of is no change
+    assert runs.commit() == hash_
+    (tmp_path / "runs.py").write_text("second")
+    assert runs.commit() == f"{hash_}+changes"
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "archive" / "runs.py"))
+    (tmp_path / "archive").mkdir()
+    assert runs.commit() == ""
+
+
 def test_a_damaged_checkpoint_is_refused_by_name(lung_run, capsys):
     """Cut in half: one line, not a traceback; the file is left as it is."""
     last, best = lung_run / "last.pt", lung_run / "best.pt"

@@ -357,6 +357,12 @@ def test_sec32_euler_in_the_noise_level_is_ddim():
     torch.testing.assert_close(between, diffusion.ddim_step(S, xt, eps, 500, 300))
 
 
+def test_heuns_levels_are_even_in_their_root_and_end_at_the_data():
+    """rho = 2: 16, 6.25, 1 have the roots 4, 2.5, 1; rho = 7 by default; then 0."""
+    assert sc.heun_levels(16, 1, 3, rho=2) == pytest.approx([16, 6.25, 1, 0])
+    assert sc.heun_levels(3**7, 1, 3) == pytest.approx([3**7, 2**7, 1, 0])
+
+
 def test_heuns_method_is_of_the_second_order_and_ends_at_the_data():
     """Gaussian world: y_0 = m + sqrt(v / (v + sigma^2)) (y - m).
 
