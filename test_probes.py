@@ -190,6 +190,18 @@ def test_sec41_the_classifier_learns_a_mask_that_is_a_linear_function_of_the_fea
     assert not torch.allclose(probes.classify(another, images), one)
 
 
+def test_sec41_a_classifier_has_two_hidden_layers_each_with_relu_and_batch_norm():
+    """[3]: 128 and 32 wide, by the formula on a batch of four pixels."""
+    net, x = probes.pixel_classifier(6), torch.randn(4, 6)
+    first, _, norm_1, second, _, norm_2, last = net
+    h = x
+    for linear, norm, width in ((first, norm_1, 128), (second, norm_2, 32)):
+        h = torch.relu(h @ linear.weight.T + linear.bias)
+        assert h.shape == (4, width) and norm.weight.shape == (width,)
+        h = (h - h.mean(0)) / (h.var(0, unbiased=False) + norm.eps).sqrt()
+    torch.testing.assert_close(net(x), h @ last.weight.T + last.bias, rtol=1e-4, atol=1e-5)
+
+
 def test_sec41_a_probability_stands_where_its_pixel_stands():
     """A classifier that repeats the second feature: the map is its sigmoid, pixel by pixel."""
     x = torch.randn(2, 3, 4, 5)

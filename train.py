@@ -64,10 +64,7 @@ def loss_of(cfg):
 
 
 def learning_rate(cfg, step):
-    """Linear warm-up, then constant, or a cosine that falls over the run.
-
-    The last step is one step short of 0, so that it learns too.
-    """
+    """Linear warm-up, then constant, or a cosine: it ends one step short of 0, to learn there too."""
     warm = min(1.0, step / cfg.warmup) if cfg.warmup else 1.0
     if cfg.lr_decay == "none":
         return cfg.lr * warm
