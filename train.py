@@ -64,7 +64,7 @@ def loss_of(cfg):
 
 
 def learning_rate(cfg, step):
-    """Linear warm-up, then constant, or a cosine: it ends one step short of 0, to learn there too."""
+    """Linear warm-up, then constant, or a cosine whose last step is one short of 0."""
     warm = min(1.0, step / cfg.warmup) if cfg.warmup else 1.0
     if cfg.lr_decay == "none":
         return cfg.lr * warm
