@@ -322,9 +322,7 @@ def check(cfg):
     synthesis, cond, sampler = cfg.task == "synthesis", cfg.cond, cfg.sampler
     rule = "--ensemble averages masks; --task synthesis has none"
     refuse(synthesis and cfg.ensemble > 1, f"{rule}, got {cfg.ensemble}")
-    rule = (
-        "--set augment moves an X-ray and its mask; --task synthesis would learn to draw the moves"
-    )
+    rule = "--set augment moves X-ray and mask; --task synthesis would learn to draw the moves"
     refuse(synthesis and cfg.augment, f"{rule}, got {cfg.augment}")
     rule = f"--set rrdbs and rrdb are about the embedder, and --cond {cond} has none"
     has_rrdbs = (cfg.rrdbs, cfg.rrdb) != (1, "report")

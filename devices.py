@@ -98,14 +98,9 @@ def cast_once(model, cfg):
     return model
 
 
-def as_planned(model, cfg):
-    """What a training step calls, by cfg.plan: the model as it is, or compiled, of its weights.
-
-    With plan channels-last the weights are laid out anew. The first step compiles, for minutes.
-    """
-    if cfg.plan == "channels-last":
-        model.to(memory_format=torch.channels_last)
-    return torch.compile(model) if cfg.plan == "compiled" else model
+def layout(plan):
+    """How --set plan wants images in memory: channels last, or as they are."""
+    return torch.channels_last if plan == "channels-last" else torch.preserve_format
 
 
 # ---------------------------------------- memory
@@ -340,8 +335,12 @@ def rows_of_this_process(N):
     return slice(N * rank() // world(), N * (rank() + 1) // world())
 
 
-def parallel(model):
-    """The model with gradients averaged over the processes; without torchrun the model itself."""
+def parallel(model, plan="plain"):
+    """What a step calls: the model with gradients averaged over the processes, or the model itself.
+
+    With --set plan=compiled its first call compiles it, which takes minutes.
+    """
+    model = torch.compile(model) if plan == "compiled" else model
     if world() == 1:
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)

@@ -187,7 +187,7 @@ def test_the_command_line_has_at_most_28_flags_each_in_a_group_with_its_words(ca
 NAMES = ", ".join(
     "shift t_power noises T augment lr_decay warmup max_grad_norm weight_decay ema channels "
     "channel_mult blocks attention_levels head_channels growth rrdbs rrdb stem eta evaluations "
-    "eval_every".split()
+    "eval_every plan".split()
 )
 REFUSALS = [
     ("", "--task is needed: one of synthesis, lung, infection"),
@@ -249,7 +249,7 @@ REFUSALS = [
     ("--task lung --set augment=3", "--set augment must be between 0 and 2, got 3.0"),
     (
         "--task synthesis --set augment=1",
-        "--set augment moves an X-ray and its mask; "
+        "--set augment moves X-ray and mask; "
         "--task synthesis would learn to draw the moves, got 1.0",
     ),
     ("--task lung --set eta=1.5", "--set eta must be between 0 and 1, got 1.5"),

@@ -79,11 +79,11 @@ def test_weights_cast_to_16_bits_once_give_the_masks_of_weights_cast_at_every_pa
 
 
 def three_steps(plan):
-    """(losses, weights) of a Trainer's first three steps by this plan."""
+    """(losses, weights, Trainer) of a Trainer's first three steps by this plan."""
     trainer = train.Trainer(tiny(plan=plan), CPU)
     shake(trainer.model)
     losses = [float(trainer.train_step(*tensors(8))) for _ in range(3)]
-    return losses, dict(trainer.model.named_parameters())
+    return losses, dict(trainer.model.named_parameters()), trainer
 
 
 @pytest.mark.parametrize("plan", ["channels-last", "compiled"])
@@ -94,21 +94,15 @@ def test_every_plan_takes_the_same_steps(plan, monkeypatch):
     traced runs by torch's own kernels.
     """
     traced = functools.partial(torch.compile, backend="aot_eager")
-    calls, planned = [], devices.as_planned
-
-    def as_planned(model, cfg):
-        calls.append(planned(model, cfg))
-        return calls[-1]
-
     monkeypatch.setattr(torch, "compile", traced)
-    monkeypatch.setattr(devices, "as_planned", as_planned)
-    (losses, weights), (expected, plain) = three_steps(plan), three_steps("plain")
+    (losses, weights, trainer), (expected, plain, _) = three_steps(plan), three_steps("plain")
     assert losses == pytest.approx(expected, rel=1e-5) and len(set(losses)) == 3
     torch.testing.assert_close(weights, plain, rtol=1e-4, atol=1e-5)
-    model = calls[0]
-    assert hasattr(model, "_orig_mod") == (plan == "compiled")
-    last = model.unet.encoder[0][0].conv_2.weight.is_contiguous(memory_format=torch.channels_last)
-    assert last == (plan == "channels-last")
+    assert hasattr(trainer.parallel, "_orig_mod") == (plan == "compiled")
+    for model in (trainer.model, trainer.ema):
+        kernel = model.unet.encoder[0][0].conv_2.weight
+        last = kernel.is_contiguous(memory_format=torch.channels_last)
+        assert last == (plan == "channels-last")
 
 
 # ---------------------------------------- nothing waits for the CPU

@@ -77,12 +77,11 @@ class Trainer:
     def __init__(self, cfg, device):
         self.cfg, self.device, self.step = cfg, device, 0
         self.loss = loss_of(cfg)
-        self.model = config.build_model(cfg).to(device)
-        planned = devices.as_planned(self.model, cfg)
+        self.model = config.build_model(cfg).to(device, memory_format=devices.layout(cfg.plan))
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         parameters, decay = self.model.parameters(), cfg.weight_decay
         self.optimizer = torch.optim.AdamW(parameters, cfg.lr, weight_decay=decay, fused=True)
-        self.parallel = devices.parallel(planned)
+        self.parallel = devices.parallel(self.model, cfg.plan)
         self.rows = devices.rows_of_this_process(cfg.batch_size)
         self.images = self.rows.stop - self.rows.start
         self.micro_batch = cfg.micro_batch or self.images
