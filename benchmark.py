@@ -68,8 +68,7 @@ def seconds_of(job, device=CPU):
 def interleaved(jobs, device, rounds=5, warm=1):
     """Median seconds of each job: {name: function} -> {name: seconds}.
 
-    Every round runs each job once, and begins with another job than the round before. The first
-    `warm` rounds do not count.
+    A round runs each job once and begins with another one. The first `warm` rounds do not count.
     """
     seconds, names = {name: [] for name in jobs}, list(jobs)
     for k in range(-warm, rounds):
@@ -290,7 +289,7 @@ def start_up(folder, cfg, device):
 def peer_training_job(name, cfg, device):
     """Eq. (7) in the plain loop that a peer's manual teaches."""
     x0 = data.to_float(random_split(cfg, cfg.batch_size)[0]).to(device)
-    loss = partial(diffusion.l_simple, diffusion.schedule(cfg.T), x0=x0)
+    loss = partial(diffusion.l_simple, diffusion.schedule(cfg.T, device=device), x0=x0)
     return peers.plain_loop(name, cfg, loss, device)
 
 
