@@ -6,11 +6,13 @@ import re
 
 import pytest
 import torch
+from torch import nn
 
 import config
 import devices
 from config import MODELS, RECIPES, SAMPLERS, SETTINGS, SIZES, TASKS, Config
 from testing import CPU, ROOT, tiny
+from unet import LinearAttention
 
 CUDA = torch.device("cuda")
 
@@ -394,6 +396,21 @@ def test_the_weights_of_a_network_depend_on_its_seed_alone():
     for a, b, c in zip(first.parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
     assert any(not torch.equal(a, c) for a, c in zip(first.parameters(), other.parameters()))
+
+
+def test_each_size_of_the_network_is_that_of_its_setting():
+    """Growth, width, levels, blocks, attention and its heads; T of a network that sees none."""
+    words = "--task lung --size small --recipe report --image-size 32 --set growth=12 channels=24"
+    words = f"{words} channel_mult=1,2,3 blocks=2 attention_levels=0,2 head_channels=8 T=70"
+    net = config.build_model(configured(f"{words} eval_every=5"))
+    assert net.embedder.blocks[0].rdbs[0].convs[0].weight.shape == (12, 16, 3, 3)
+    unet = net.unet
+    resamples = [block for block in unet.encoder if not isinstance(block[0].resample, nn.Identity)]
+    assert (len(unet.encoder), len(resamples), len(unet.decoder)) == (3 * 2 + 2, 2, 3 * 3)
+    attention = [m for m in unet.encoder.modules() if isinstance(m, LinearAttention)]
+    assert [m.qkv.in_channels for m in attention] == [24, 24, 72, 72]
+    assert {m.D for m in unet.modules() if isinstance(m, LinearAttention)} == {8}
+    assert config.build_model(configured(f"{words} --model report-unet")).T == 70
 
 
 def test_each_switch_of_the_conditioning_reaches_the_network():
