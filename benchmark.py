@@ -18,7 +18,7 @@ else the machine does changes ratios less than seconds.
 import argparse
 import copy
 import gc
-import multiprocessing
+import math
 import os
 import statistics
 import subprocess
@@ -45,11 +45,13 @@ import phantoms
 import runs
 import train
 import unet
-from console import Parser, UserError, exit_status, message, out_of_memory, progress_line
+from console import Parser, UserError, exit_status, fits, message, progress_line
+from devices import peak_memory
 
 CPU = torch.device("cpu")
 PAIRS = 120  # X-rays with masks that are drawn to be decoded
 AS_IT_IS = "as it is"  # --gains: the job that the others are compared with
+EAGER = "eager mode, not torch.compile"
 PLAIN_FORMULA = "attention of few positions by the plain formula on a CPU"
 
 # ---------------------------------------- seconds, arithmetic, memory
@@ -66,22 +68,37 @@ def seconds_of(job, device=CPU):
 
 
 def interleaved(jobs, device, rounds=5, warm=1):
-    """Median seconds of each job: {name: function} -> {name: seconds}.
-
-    A round runs each job once and begins with another one. The first `warm` rounds do not count.
-    """
-    seconds, names = {name: [] for name in jobs}, list(jobs)
-    for k in range(-warm, rounds):
-        first = k % len(names)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(seconds_of(jobs[name], device))
-    return {name: statistics.median(values[warm:]) for name, values in seconds.items()}
+    """Median seconds of each job: {name: function} -> {name: seconds}, but for `warm` rounds."""
+    measures = {name: partial(seconds_of, job, device) for name, job in jobs.items()}
+    return medians(measures, rounds, warm)
 
 
 def timed(makers, device, rounds):
-    """interleaved() of jobs that are made for it, and freed again: {name: (function, *args)}."""
-    jobs = {name: make(*args) for name, (make, *args) in makers.items()}
-    return interleaved(jobs, device, rounds)
+    """interleaved() of jobs of which one is alive at a time: {name: (function, *args)}.
+
+    Each turn makes its job anew, and calls it twice: the first call sets up what it needs.
+    """
+
+    def measured(make, *args):
+        job = make(*args)
+        job()
+        return seconds_of(job, device)
+
+    return medians({name: partial(measured, *maker) for name, maker in makers.items()}, rounds)
+
+
+def medians(measures, rounds, warm=0):
+    """The median of what each function returns: {name: function} -> {name: number}.
+
+    Rounds begin with another function each. What runs out of memory is left out.
+    """
+    found, names = {name: [] for name in measures}, list(measures)
+    for k in range(-warm, rounds):
+        first = k % len(names)
+        for name in names[first:] + names[:first]:
+            if name in found and not fits(name, lambda: found[name].append(measures[name]())):
+                del found[name]
+    return {name: statistics.median(numbers[warm:]) for name, numbers in found.items()}
 
 
 def machine_rates(device, dtype, rounds=5):
@@ -132,37 +149,14 @@ def flops_of_a_pass(cfg):
         return flops_of(net, xt, torch.ones(1, dtype=torch.long))
 
 
-def flops_of_a_mask(cfg):
-    """Of all passes for one mask, the mean of cfg.ensemble samples. The X-ray is embedded once."""
+def flops_of_passes(cfg, passes):
+    """Of so many passes for one image, whose X-ray is embedded once; a supervised model has one."""
     model = config.without_memory(cfg)
     with torch.device("meta"):
         y, t = torch.empty(1, 1, cfg.image_size, cfg.image_size), torch.ones(1, dtype=torch.long)
         if cfg.supervised:
             return flops_of(model, y)
-        return flops_of(model, y, t, y) + (cfg.ensemble * cfg.ddim_steps - 1) * flops_of_a_pass(cfg)
-
-
-def peak_memory(function, *args):
-    """Peak bytes of function(*args) in a process of its own: resident, or allocated on a GPU."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what this process holds and does not use
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(call_and_read_peak, (function, *args))
-
-
-def call_and_read_peak(function, *args):
-    """What peak_memory runs in the new process."""
-    function(*args)
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    for line in devices.lines_of("/proc/self/status"):
-        if line.startswith("VmHWM"):
-            return 1024 * int(line.split()[1])
-    import resource  # not on Windows; on Linux a child would inherit its parent's peak
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+        return flops_of(model, y, t, y) + (passes - 1) * flops_of_a_pass(cfg)
 
 
 # ---------------------------------------- the jobs
@@ -249,16 +243,16 @@ def seconds_from_cache(folder):
 
 
 def measure(cfg, device, rounds, folder):
-    """What this machine does with these settings: {quantity with its unit: number}."""
+    """{quantity with its unit: number} of these settings; what does not fit has none."""
     n = min(cfg.batch_size, 64)
     jobs = {"step": (training_job, cfg, device), "sample": (sampling_job, cfg, device, n)}
-    seconds = timed(jobs, device, rounds)
+    seconds = dict.fromkeys(jobs, math.nan) | timed(jobs, device, rounds)
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     rates = machine_rates(device, dtype, rounds)
     product, convolution = rates["matrix product"], rates["convolution"]
-    step_flops = 3 * flops_of_a_pass(cfg) * cfg.batch_size * cfg.noises  # backward: twice forward
-    sample_flops = flops_of_a_pass(cfg) * n * cfg.ddim_steps
-    return {
+    step_flops = 3 * flops_of_passes(cfg, cfg.noises) * cfg.batch_size  # backward: twice forward
+    sample_flops = flops_of_passes(cfg, cfg.ensemble * cfg.ddim_steps) * n
+    numbers = {
         "seconds a training step": seconds["step"],
         "training images/s": cfg.batch_size / seconds["step"],
         "training FLOP a step": step_flops,
@@ -274,6 +268,7 @@ def measure(cfg, device, rounds, folder):
         "convolution, GFLOP/s": convolution / 1e9,
         "copy, GB/s": rates["copy"] / 1e9,
     }
+    return {name: number for name, number in numbers.items() if not math.isnan(number)}
 
 
 def start_up(folder, cfg, device):
@@ -286,48 +281,49 @@ def start_up(folder, cfg, device):
     return seconds_of(partial(subprocess.run, command, check=True, capture_output=True))
 
 
-def peer_training_job(name, cfg, device):
-    """Eq. (7) in the plain loop that a peer's manual teaches."""
+def peer_training_job(name, cfg, device, n):
+    """Eq. (7) in the plain loop that a peer's manual teaches, n images of the batch at a time."""
     x0 = data.to_float(random_split(cfg, cfg.batch_size)[0]).to(device)
-    loss = partial(diffusion.l_simple, diffusion.schedule(cfg.T, device=device), x0=x0)
-    return peers.plain_loop(name, cfg, loss, device)
+    loss = partial(diffusion.l_simple, diffusion.schedule(cfg.T, device=device))
+    return peers.plain_loop(name, cfg, loss, device, x0.split(n))
 
 
-def fits(name, job):
-    """Whether a job finds the memory it needs. If not, a line on stderr says so."""
-    try:
-        job()
-    except RuntimeError as e:
-        if not out_of_memory(e):
-            raise
-        print(f"{name}: out of memory, left out", file=sys.stderr)
-        return False
-    return True
+def peer_sampling_job(name, cfg, device):
+    """DDIM of 8 images by our sampler and a peer's network."""
+    return sampling_job(cfg, device, 8, ready(peers.Peer(name, cfg), device))
+
+
+def peer_step_that_fits(name, cfg, device):
+    """(peer_training_job, its arguments), the batch halved until two steps fit; None: none does."""
+    for halvings in range(cfg.batch_size.bit_length()):
+        step = peer_training_job, name, cfg, device, cfg.batch_size >> halvings
+        if fits(f"{name}, {step[-1]} images at once", partial(two_steps, *step)):
+            return step
+    return None
 
 
 def compare(cfg, device, rounds):
-    """Our network, also in float32, and those of the installed peers; a row for each.
+    """Our network, also in float32, and those of the installed peers; a row for each that fits.
 
     All are unconditional networks of one size, a peer's in float32. A step noises each image of a
     batch once. Sampling is DDIM-10 of 8 images, by our sampler.
     Rows: {network, parameters, step, sampling: seconds, memory: bytes}
     """
     cfg = replace(cfg, task="synthesis", cond=None, ddim_steps=10, target="eps", noises=1)
-    float32, steps, samples = replace(cfg, precision="fp32"), {}, {}
+    float32 = replace(cfg, precision="fp32")
     ours = {f"here, {c.precision}": c for c in (cfg, float32)}
-    for name, c in ours.items():
-        steps[name], samples[name] = (training_job, c, device), (sampling_job, c, device, 8)
+    steps = {name: (training_job, c, device) for name, c in ours.items()}
+    samples = {name: (sampling_job, c, device, 8) for name, c in ours.items()}
     for name in peers.installed():
-        step = peer_training_job, name, cfg, device
-        if fits(name, partial(two_steps, *step)):
-            model = ready(peers.Peer(name, cfg), device)
-            steps[name], samples[name] = step, (sampling_job, float32, device, 8, model)
+        if step := peer_step_that_fits(name, cfg, device):
+            steps[name], samples[name] = step, (peer_sampling_job, name, float32, device)
     step_s, sample_s = timed(steps, device, rounds), timed(samples, device, rounds)
     rows = []
-    for name, step in steps.items():
+    for name in filter(sample_s.get, step_s):
         model = config.without_memory(cfg) if name in ours else peers.Peer(name, cfg)
         row = dict(network=name, parameters=config.parameters(model), step=step_s[name])
-        rows.append(row | dict(sampling=sample_s[name], memory=peak_memory(two_steps, *step)))
+        row |= dict(sampling=sample_s[name], memory=peak_memory(two_steps, *steps[name]))
+        rows.append(row)
     return rows
 
 
@@ -342,10 +338,11 @@ def models(cfg, device, rounds):
     samples = {name: (sampling_job, c, device, n) for name, c in configs.items()}
     step_s, mask_s = timed(steps, device, rounds), timed(samples, device, rounds)
     rows = []
-    for name, c in configs.items():
-        parameters = config.parameters(config.without_memory(c))
-        row = dict(model=name, parameters=parameters, flop=flops_of_a_mask(c))
-        rows.append(row | dict(training=step_s[c.model] / c.batch_size, mask=mask_s[name] / n))
+    for name in filter(mask_s.get, configs):
+        c = configs[name]
+        row = dict(model=name, parameters=config.parameters(config.without_memory(c)))
+        row |= dict(flop=flops_of_passes(c, c.ensemble * c.ddim_steps), mask=mask_s[name] / n)
+        rows.append(row | dict(training=step_s.get(c.model, math.nan) / c.batch_size))
     return rows
 
 
@@ -371,28 +368,31 @@ def gains(cfg, device, rounds):
     ratios = {}
     for kind, jobs_without in (("training", steps_without), ("sampling", samples_without)):
         seconds = timed(jobs_without(cfg, device), device, rounds)
-        with_all = seconds.pop(AS_IT_IS)
+        with_all = seconds.pop(AS_IT_IS, math.nan)
         ratios |= {f"{kind}: {choice}": without / with_all for choice, without in seconds.items()}
     return ratios
 
 
 def steps_without(cfg, device):
-    """{choice: training job whose Trainer does without it}, as timed takes it, and AS_IT_IS."""
-    choices = ("fused AdamW", PLAIN_FORMULA, "contiguous images", "no recomputation")
-    trainers = {choice: trainer_of(cfg, device) for choice in (AS_IT_IS, *choices)}
-    adamw, attention, contiguous, recomputed = (trainers[choice] for choice in choices)
-    weights, decay = adamw.model.parameters(), cfg.weight_decay
-    adamw.optimizer = torch.optim.AdamW(weights, cfg.lr, weight_decay=decay)
-    attend_by(attention.model, F.scaled_dot_product_attention)
-    for model in (contiguous.model, contiguous.ema):
-        model.to(memory_format=torch.channels_last)
-    unet.recompute_blocks(recomputed.model, True)
-    if cfg.precision == "bf16":
-        trainers["bf16"] = trainer_of(replace(cfg, precision="fp32"), device)
-    if device.type == "cuda":
-        trainers["eager mode, not torch.compile"] = compiled = trainer_of(cfg, device)
-        compiled.parallel = torch.compile(compiled.model)
-    return {choice: (training_job, t.cfg, device, t) for choice, t in trainers.items()}
+    """{choice: training job that does without it}, as timed takes it, and AS_IT_IS."""
+    choices = [AS_IT_IS, "fused AdamW", PLAIN_FORMULA, "contiguous images", "no recomputation"]
+    choices += ["bf16"] * (cfg.precision == "bf16") + [EAGER] * (device.type == "cuda")
+    return {choice: (step_without, choice, cfg, device) for choice in choices}
+
+
+def step_without(choice, cfg, device):
+    """The training job of a fresh Trainer that does without one choice."""
+    changes = {"contiguous images": dict(plan="channels-last"), EAGER: dict(plan="compiled")}
+    changes["bf16"] = dict(precision="fp32")
+    trainer = trainer_of(replace(cfg, **changes.get(choice, {})), device)
+    if choice == "fused AdamW":
+        weights, decay = trainer.model.parameters(), cfg.weight_decay
+        trainer.optimizer = torch.optim.AdamW(weights, cfg.lr, weight_decay=decay)
+    if choice == PLAIN_FORMULA:
+        attend_by(trainer.model, F.scaled_dot_product_attention)
+    if choice == "no recomputation":
+        unet.recompute_blocks(trainer.model, True)
+    return training_job(trainer.cfg, device, trainer)
 
 
 def samples_without(cfg, device):
@@ -438,7 +438,7 @@ def scaling_of_a_step(cfg, device, rounds):
         values = [max(1, int(factor * getattr(cfg, name))) for factor in times]
         steps = {v: (training_job, replace(cfg, **{name: v}), device) for v in values}
         seconds = timed(steps, device, rounds)
-        rows[name] = {v: [seconds[v], peak_memory(two_steps, *steps[v])] for v in steps}
+        rows[name] = {v: [seconds[v], peak_memory(two_steps, *steps[v])] for v in seconds}
     return rows
 
 

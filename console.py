@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def out_of_memory(error):
-    """Whether a RuntimeError says so. CUDA has a class for it, MPS and cuBLAS have only words."""
+    """Whether an error says so. CUDA has a class for it, MPS and cuBLAS have only words."""
     words = ("out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
@@ -45,6 +45,18 @@ def failure_named(path, size="room"):
         free = f"{shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free"
         needed = f"a new file needs {size} and an inode beside the old one, which stays; {free}"
         raise UserError(f"{path}: not written: {why}; {needed}") from e
+
+
+def fits(name, job):
+    """Whether a job finds the memory it needs. If not, a line on stderr says so."""
+    try:
+        job()
+    except (RuntimeError, UserError) as e:
+        if not out_of_memory(e):
+            raise
+        print(f"{name}: out of memory, left out", file=sys.stderr)
+        return False
+    return True
 
 
 def exit_status(program, work, less_memory, left_behind):

@@ -6,8 +6,12 @@ A run's numbers do not depend on what is chosen here, but for rounding.
 import contextlib
 import copy
 import functools
+import gc
+import math
+import multiprocessing
 import os
 import platform
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from console import Stopped, UserError, message, out_of_memory
+from console import Stopped, UserError, fits, message, out_of_memory
 from unet import Head, recompute_blocks
 
 try:
@@ -244,6 +248,35 @@ def in_chunks(function, rows, device, members=1):
             continue
         yield rows[:size], answer
         rows = rows[size:]
+
+
+def peak_memory(function, *args):
+    """Peak bytes of function(*args) in a process of its own: resident, or allocated on a GPU.
+
+    nan where it does not fit.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what this process holds and does not use
+    peaks = [math.nan]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        job = functools.partial(pool.apply, call_and_read_peak, (function, *args))
+        fits("peak memory", lambda: peaks.append(job()))
+    return peaks[-1]
+
+
+def call_and_read_peak(function, *args):
+    """What peak_memory runs in the new process."""
+    function(*args)
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    for line in lines_of("/proc/self/status"):
+        if line.startswith("VmHWM"):
+            return 1024 * int(line.split()[1])
+    import resource  # not on Windows; on Linux a child would inherit its parent's peak
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 # ---------------------------------------- several processes

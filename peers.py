@@ -55,17 +55,21 @@ class Peer(torch.nn.Module):
         return self.forward(xt, t)
 
 
-def plain_loop(name, cfg, loss, device):
+def plain_loop(name, cfg, loss, device, parts):
     """The training step that a peer's manual teaches: float32, backward, AdamW at cfg.lr.
 
-    Without averaged weights, without clipping. loss(model) -> the loss of the batch
+    Without averaged weights, without clipping.
+    loss(model, part)  the mean loss of a part of the batch
+    parts              tensors of images that make up the batch; their gradients add up
     """
     model = Peer(name, cfg).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr)
+    images = sum(map(len, parts))
 
     def step():
         optimizer.zero_grad()
-        loss(model).backward()
+        for part in parts:
+            (loss(model, part) * (len(part) / images)).backward()
         optimizer.step()
 
     return step

@@ -258,7 +258,8 @@ def score_matching(process, T, model, x0, y, t, eps, target):
     a, std = zip(*(process.marginal(float(steps) / T) for steps in t))
     a, std = per_image(a, x0), per_image(std, x0)
     xt = a * x0 + std * eps
-    answer = model(xt, t.to(xt.device), y).to(x0.dtype)
+    t = t.to(xt.device, torch.float32)  # Apple's MPS has no float64, and the network needs none
+    answer = model(xt, t, y).to(x0.dtype)
     return (diffusion.eps_from(target, answer, xt, a, std) - eps).square().mean()
 
 

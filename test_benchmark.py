@@ -1,6 +1,8 @@
 """What the benchmark counts and calls; how fast this machine is, is no test."""
 
 import json
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import runs
 import train
 import unet
 from benchmark import AS_IT_IS, PLAIN_FORMULA
+from console import UserError
 from testing import CPU, ROOT, shake, tiny
 
 WORDS = "--size small --recipe best --channels 4 --batch-size 2 --rounds 1 --ddim-steps 1"
@@ -93,17 +96,49 @@ def test_jobs_take_turns_and_the_median_counts(monkeypatch):
     assert seconds == {"a": 2, "b": 5} and calls == ["b", "a", "a", "b"] * 2
 
 
-def test_jobs_are_made_for_their_timing(monkeypatch):
-    """timed: each from its function and arguments, then interleaved."""
-    made, calls = [], []
+def test_one_job_is_alive_at_a_time(monkeypatch):
+    """timed: every turn makes a job anew and calls it twice; the second call counts.
 
-    def make(*args):
-        made.append(args)
-        return lambda: calls.append(args)
+    Then the job is gone, before another is made.
+    """
+    alive, calls, now = [], [], [0.0]
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
 
-    makers = {"a": (make, 1, "x"), "b": (make,)}
-    assert benchmark.timed(makers, CPU, 2).keys() == makers.keys()
-    assert made == [(1, "x"), ()] and sorted(calls) == 3 * [()] + 3 * [(1, "x")]
+    class Job:
+        def __init__(self, name, *seconds):
+            assert not [other for other in alive if other() is not None]
+            alive.append(weakref.ref(self))
+            self.name, self.seconds = name, iter(seconds)
+
+        def __call__(self):
+            calls.append(self.name)
+            now[0] += next(self.seconds)
+
+    makers = {"a": (Job, "a", 90, 2), "b": (Job, "b", 80, 5)}
+    assert benchmark.timed(makers, CPU, 3) == {"a": 2, "b": 5}
+    assert "".join(calls) == "aabb" + "bbaa" + "aabb"
+
+
+def test_a_job_that_runs_out_of_memory_is_left_out_and_said(capsys):
+    """When it is made and when it is called, the first time or later; the others are measured."""
+    calls = []
+
+    def out_of_memory():
+        raise torch.OutOfMemoryError("planted")
+
+    def make(name):
+        return out_of_memory if name == "no call fits" else partial(second_call, name)
+
+    def second_call(name):
+        calls.append(name)
+        if name == "the fourth does not" and calls.count(name) == 4:
+            raise UserError("out of memory with 1 images at once; try a smaller --micro-batch")
+
+    names = ("fits", "no call fits", "the fourth does not")
+    makers = {name: (make, name) for name in names} | {"cannot be made": (out_of_memory,)}
+    assert list(benchmark.timed(makers, CPU, 3)) == ["fits"]
+    lines = capsys.readouterr().err.splitlines()
+    assert sorted(lines) == sorted(f"{name}: out of memory, left out" for name in list(makers)[1:])
 
 
 def test_rates_are_work_over_time(monkeypatch):
@@ -222,7 +257,7 @@ def facts_of(model, cfg):
     assert min(map(len, (blocks, norms, attention, images))) > 2
     return {
         "precision": cfg.precision,
-        "same settings": cfg == tiny(precision=cfg.precision),
+        "same settings": cfg == tiny(precision=cfg.precision, plan=cfg.plan),
         "attention": {layer.attend for layer in attention},
         "GroupNorm": {layer.contiguous_below for layer in norms},
         "recomputed": {block.recompute for block in blocks},
@@ -250,10 +285,14 @@ def differences(facts, others):
     return {name: others[name] for name in facts if others[name] != facts[name]}
 
 
+def trainers_of(jobs):
+    """{choice: the Trainer whose step is timed}, of steps_without."""
+    return {choice: make(*args).func.__self__ for choice, (make, *args) in jobs.items()}
+
+
 def test_each_trainer_of_the_gains_does_without_one_choice():
     """It has the weights of the seed, its own; all else is as in the trainer as it is."""
-    jobs = benchmark.steps_without(tiny(precision="bf16"), CPU)
-    trainers = {choice: trainer for choice, (*_, trainer) in jobs.items()}
+    trainers = trainers_of(benchmark.steps_without(tiny(precision="bf16"), CPU))
     as_it_is = trainers.pop(AS_IT_IS)
     facts = facts_of_trainer(as_it_is)
     assert facts["same settings"] and facts["fused"] and facts["AdamW"][2]
@@ -276,18 +315,21 @@ def test_on_a_gpu_one_trainer_more_is_compiled(monkeypatch):
     """torch.compile around its own network, which it trains; no other trainer is compiled."""
     monkeypatch.setattr(benchmark, "trainer_of", lambda cfg, device: train.Trainer(cfg, CPU))
     jobs = benchmark.steps_without(tiny(), torch.device("cuda"))
-    compiled = {choice: t for choice, (*_, t) in jobs.items() if t.parallel is not t.model}
+    trainers = trainers_of(
+        {choice: (make, c, cfg, CPU) for choice, (make, c, cfg, _) in jobs.items()}
+    )
+    compiled = {choice: t for choice, t in trainers.items() if t.parallel is not t.model}
     assert list(compiled) == ["eager mode, not torch.compile"]
     (trainer,) = compiled.values()
     assert trainer.parallel._orig_mod is trainer.model
-    as_it_is = facts_of_trainer(jobs[AS_IT_IS][-1])
+    as_it_is = facts_of_trainer(trainers[AS_IT_IS])
     assert differences(as_it_is, facts_of_trainer(trainer)) == {"compiled": True}
     assert "bf16" not in jobs  # nothing to do without in float32
 
 
 def test_a_step_without_a_choice_computes_the_same():
     """float32: the same losses and weights after three steps, up to rounding."""
-    trainers = [trainer for *_, trainer in benchmark.steps_without(tiny(), CPU).values()]
+    trainers = list(trainers_of(benchmark.steps_without(tiny(), CPU)).values())
     images, masks = benchmark.random_split(tiny(), 8)
     losses = []
     for trainer in trainers:
@@ -303,7 +345,8 @@ def test_a_step_without_a_choice_computes_the_same():
 def test_a_switched_step_is_timed_as_switched(monkeypatch):
     """What runs in each job: the plain formula of attention, and how often a block is computed."""
     jobs = benchmark.steps_without(tiny(), CPU)
-    formula, counts = unet.attend, {}
+    none = {"plain formula": 0, "block": 0}
+    formula, counts = unet.attend, none.copy()
 
     def counted(*qkv):
         counts["plain formula"] += 1
@@ -315,10 +358,11 @@ def test_a_switched_step_is_timed_as_switched(monkeypatch):
     monkeypatch.setattr(unet, "attend", counted)
     found = {}
     for choice, (make, *args) in jobs.items():
-        counts.update({"plain formula": 0, "block": 0})
-        first_layer = args[-1].model.unet.encoder[0][0]
+        job = make(*args)
+        counts.update(none)
+        first_layer = job.func.__self__.model.unet.encoder[0][0]
         first_layer.register_forward_pre_hook(block_computed)
-        make(*args)()
+        job()
         found[choice] = (counts["plain formula"] > 0, counts["block"])
     assert found == dict.fromkeys(found, (True, 1)) | {
         PLAIN_FORMULA: (False, 1),
@@ -400,7 +444,7 @@ def test_gains_are_the_time_without_a_choice_over_the_time_with_it(monkeypatch):
     def seconds(jobs, *_):
         return {name: 2.0 + i for i, name in enumerate(jobs)}
 
-    monkeypatch.setattr(benchmark, "interleaved", seconds)
+    monkeypatch.setattr(benchmark, "timed", seconds)
     ratios = benchmark.gains(tiny(precision="bf16"), CPU, 1)
     assert ratios["training: fused AdamW"] == 3 / 2
     assert ratios["sampling: GroupNorm of small images laid out anew"] == 4 / 2
@@ -426,12 +470,12 @@ def test_what_a_mask_costs_is_counted_pass_by_pass_and_timed_for_each_model(monk
     def training_job(cfg, device):
         return lambda: drawn.append(cfg.model)
 
-    def two_seconds(jobs, *_):
-        return {name: job() or 2.0 for name, job in jobs.items()}
+    def two_seconds(makers, *_):
+        return {name: make(*args)() or 2.0 for name, (make, *args) in makers.items()}
 
     monkeypatch.setattr(evaluate, "sample_masks", sample_masks)
     monkeypatch.setattr(benchmark, "training_job", training_job)
-    monkeypatch.setattr(benchmark, "interleaved", two_seconds)
+    monkeypatch.setattr(benchmark, "timed", two_seconds)
     cfg = tiny(ddim_steps=3, image_size=32)
     rows = {row["model"]: row for row in benchmark.models(cfg, CPU, 1)}
     assert drawn[:4] == ["unet", "res50attunet", "report-unet", "diffusion"]
@@ -476,7 +520,7 @@ def test_scaling_measures_time_and_memory_and_its_table_has_their_exponents(monk
     def product(function, make, cfg, device):
         return cfg.batch_size * cfg.image_size * cfg.channels * 1e9
 
-    monkeypatch.setattr(benchmark, "interleaved", squares)
+    monkeypatch.setattr(benchmark, "timed", squares)
     monkeypatch.setattr(benchmark, "training_job", lambda cfg, device: lambda: None)
     monkeypatch.setattr(benchmark, "peak_memory", product)
     monkeypatch.setattr(benchmark, "seconds_to_decode", lambda folder, n: n / 100)
@@ -531,6 +575,38 @@ class OneConvolution(nn.Module):
 
     def denoise(self, xt, t, e):
         return self(xt, t)
+
+
+def test_a_peer_learns_a_batch_that_fits_in_parts_as_the_whole_one(monkeypatch, capsys):
+    """The batch is halved until it fits; then the parts' gradients add up to the whole batch's."""
+    eps, sizes, gradients = torch.randn(4, 1, 16, 16), [], []
+
+    def same_weights(name, cfg):
+        torch.manual_seed(0)
+        return OneConvolution(name, cfg)
+
+    def l_simple(s, model, x0):
+        if len(x0) > most:
+            raise torch.OutOfMemoryError("planted")
+        start = 4 - len(x0) if sizes and sizes[-1] + len(x0) == 4 else 0
+        sizes.append(len(x0))
+        return (model(x0, None) - eps[start : start + len(x0)]).square().mean()
+
+    def keep_gradient(optimizer):
+        gradients.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
+
+    monkeypatch.setattr(peers, "Peer", same_weights)
+    monkeypatch.setattr(benchmark.diffusion, "l_simple", l_simple)
+    monkeypatch.setattr(torch.optim.AdamW, "step", keep_gradient)
+    for most in (4, 2):
+        step = benchmark.peer_step_that_fits("monai", tiny(), CPU)
+        assert step[-1] == most
+    assert capsys.readouterr().err == "monai, 4 images at once: out of memory, left out\n"
+    assert sizes == [4, 4, 2, 2, 2, 2]
+    whole, _, parts, _ = gradients
+    torch.testing.assert_close(parts, whole)
+    most = 0
+    assert benchmark.peer_step_that_fits("monai", tiny(), CPU) is None
 
 
 def test_peers_and_we_see_each_image_once_a_step(monkeypatch):
@@ -592,13 +668,33 @@ def test_a_peers_step_learns_eq7(monkeypatch):
 
     monkeypatch.setattr(benchmark.diffusion, "l_simple", spy)
     torch.manual_seed(0)
-    job = benchmark.peer_training_job("monai", tiny(lr=0.01), CPU)
+    job = benchmark.peer_training_job("monai", tiny(lr=0.01), CPU, 4)
     for _ in range(200):
         job()
     assert torch.stack(losses[-20:]).mean() < 0.9 * torch.stack(losses[:20]).mean()
 
 
 # ---------------------------------------- the command
+
+
+def embedder_flops(cfg):
+    """Of one X-ray through the RRDBs: their 3x3 convolutions, each at the size of the image."""
+    layers = config.build_model(cfg).embedder.modules()
+    kernels = [layer.weight.numel() for layer in layers if isinstance(layer, nn.Conv2d)]
+    return 2 * sum(kernels) * cfg.image_size**2
+
+
+def test_what_does_not_fit_has_no_number(known_machine, monkeypatch, tmp_path, capsys):
+    """Training does not fit, sampling does: their rows are measured or missing, never nan."""
+
+    def job(cfg, device):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(benchmark, "training_job", job)
+    numbers = benchmark.measure(tiny(ddim_steps=1), CPU, 1, tmp_path)
+    assert numbers["sampling images/s, DDIM-1"] > 0 and all(x == x for x in numbers.values())
+    assert not {"seconds a training step", "training images/s"} & numbers.keys()
+    assert capsys.readouterr().err == "step: out of memory, left out\n"
 
 
 @pytest.fixture
@@ -620,12 +716,13 @@ def test_the_command_prints_its_table_and_writes_its_numbers(known_machine, tmp_
     m = result["measured"]
     assert m["training images/s"] == pytest.approx(2 / m["seconds a training step"])
     a_pass = benchmark.flops_of_a_pass(tiny(image_size=64))
-    flops = 3 * a_pass * 2 * 2  # two images, two noises
+    embedded = embedder_flops(tiny(image_size=64))
+    flops = 3 * 2 * (2 * a_pass + embedded)  # two images, each embedded once for two noises
     assert m["training FLOP a step"] == flops
     share = m["training share of matrix product"]
     assert share == pytest.approx(flops / m["seconds a training step"] / 1e12)
     assert m["training share of convolution"] == pytest.approx(2 * share)
-    samples = 3 * a_pass * m["sampling images/s, DDIM-3"]  # FLOP/s
+    samples = (3 * a_pass + embedded) * m["sampling images/s, DDIM-3"]  # FLOP/s
     assert m["sampling share of matrix product"] == pytest.approx(samples / 1e12)
     assert m["training peak memory, GB"] == 0.5
     assert (m["decoding pairs/s"], m["cache pairs/s"]) == pytest.approx((400, 12000))

@@ -144,6 +144,36 @@ def test_a_step_waits_for_no_copy_and_reads_nothing_back(target, monkeypatch):
     assert copies.count == 4
 
 
+class NoFloat64(TorchDispatchMode):
+    """Apple's MPS has no float64. Again the meta device stands for it."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        answer = operation(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(answer) if isinstance(x, torch.Tensor)]
+        assert not any(x.is_meta and x.dtype == torch.float64 for x in tensors), operation
+        return answer
+
+
+@pytest.mark.parametrize("objective", ["ncsn", "vp"])
+def test_sec21_no_float64_goes_to_the_device(objective):
+    """The real-valued t of the SDE and its coefficients are float64 on the CPU alone."""
+    cfg = tiny(objective=objective)
+    images = torch.empty(8, 1, 16, 16, dtype=torch.uint8, device=META)
+    model, loss = config.without_memory(cfg), train.loss_of(cfg)
+    with NoFloat64():
+        for part, _ in batches.batch(cfg, 1, images, images).parts(3):
+            loss(model, part).backward()
+
+
+def test_the_schedule_is_on_the_device_but_where_that_has_no_float64():
+    """Every device has the same numbers in float64; MPS is given them by the CPU."""
+    assert {v.device.type for v in diffusion.schedule(50, 0.3, "meta")} == {"meta"}
+    assert {v.dtype for v in diffusion.schedule(50, 0.3, "meta")} == {torch.float64}
+    on_cpu = diffusion.shifted(diffusion.linear_schedule(50), 0.3)
+    for device in ("cpu", torch.device("mps")):
+        assert all(map(torch.equal, diffusion.schedule(50, 0.3, device), on_cpu))
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_a_sampler_waits_for_no_copy_and_reads_nothing_back(eta):
     """DDIM: the coefficients of every step are on the device already."""

@@ -141,12 +141,13 @@ def test_the_plain_loop_is_adamw_on_the_gradient_of_one_batch(monkeypatch):
 
     models = []
 
-    def loss(model):
+    def loss(model, part):
         models.append(model)
-        return (torch.tensor([5.0, -0.1]) * model.w).sum()
+        return (part * model.w).sum()
 
     monkeypatch.setattr(peers, "Peer", OneWeight)
-    step = peers.plain_loop("monai", tiny(lr=0.1), loss, CPU)
+    c = torch.tensor([5.0, -0.1])
+    step = peers.plain_loop("monai", tiny(lr=0.1), loss, CPU, [c[None], c[None]])
     w = torch.tensor([2.0, -3.0], dtype=torch.float64)
     for _ in range(4):
         step()
