@@ -262,6 +262,9 @@ def test_sec3_samples_are_compared_with_one_half_of_the_held_out_images(monkeypa
     assert np.array_equal(samples, data.to_uint8(expected))
     every = set(as_bytes(data.to_float(held_out)))
     assert len({*reference, *others}) == 8 and {*reference, *others} < every
+    of_three = dataclasses.replace(cfg, eval_images=3)
+    evaluate.distances_to_held_out(model, of_three, held_out, CPU)
+    assert [list(map(len, pair)) for pair in pairs[2:]] == [[3, 3], [3, 3]]
 
 
 # ---------------------------------------- how long it takes
@@ -308,7 +311,8 @@ def result(task, cond, phantoms=True, model="diffusion"):
     """A results.json whose scores of validation are 0.1, 0.2, ..., in the order of the table."""
     pooled = {name: 0.1 + 0.1 * i for i, name in enumerate(metrics.NAMES)}
     settings = dict(task=task, cond=cond, phantoms=phantoms, model=model)
-    return dict(config=settings, evaluation={"Val": {"pooled": pooled}})
+    train = {"pooled": dict.fromkeys(metrics.NAMES, 0.99)}
+    return dict(config=settings, evaluation={"Train": train, "Val": {"pooled": pooled}})
 
 
 def test_published_runs_stand_beside_the_reports_tables():

@@ -155,6 +155,15 @@ def test_of_two_protocols_with_as_many_evaluations_the_last_one_is_drawn():
 # ---------------------------------------- masks, and the picture in a notebook
 
 
+def test_the_overlay_of_a_strip_is_a_picture_of_moderate_sides(tmp_path):
+    """1x200 and 200x1 pixels: 7 inches wide, 2.7 and 21.6 high, at 150 dpi."""
+    for shape, inches in (((1, 200), 2.7), ((200, 1), 21.6)):
+        strip, mask = np.zeros(shape, np.uint8), np.ones(shape, bool)
+        figures.save_overlay(tmp_path / "strip.png", strip, mask, "title")
+        width, height = Image.open(tmp_path / "strip.png").size
+        assert width == 7 * 150 and abs(height - inches * 150) <= 1
+
+
 def test_the_mask_grid_goes_from_the_worst_to_the_best():
     """Columns in order of DICE, an undefined one last; missed pixels green, too many orange."""
     true, sampled = np.zeros((2, 3, 1, 8, 8), np.uint8)

@@ -171,6 +171,22 @@ def test_sec41_a_probe_reads_the_middle_half_of_the_decoder_at_three_steps(monke
     assert torch.equal(first, again) and torch.equal(first, same) and not torch.equal(first, other)
 
 
+def test_sec41_from_scratch_warms_up_for_a_tenth_and_falls_to_0(monkeypatch):
+    """At the rates of train.learning_rate: 30 steps, 3 of them warm-up, then the cosine."""
+    (x, positive), cfg, asked = bright_images(1, 0), settings(lr_decay="none", warmup=9), []
+    rate = studies.train.learning_rate
+
+    def learning_rate(cfg, step):
+        asked.append((step, rate(cfg, step) / cfg.lr))
+        return 0.0
+
+    monkeypatch.setattr(studies.train, "learning_rate", learning_rate)
+    studies.from_scratch(cfg, x, positive, 0, CPU, steps=30)
+    assert [step for step, _ in asked] == list(range(1, 31))
+    assert asked[0][1] == pytest.approx(1 / 3) and asked[29][1] < 0.01
+    assert max(asked, key=lambda pair: pair[1])[0] == 3
+
+
 @pytest.mark.parametrize("learner", ["probe", "from scratch"])
 def test_sec41_both_learners_find_bright_pixels_from_a_few_images(learner):
     """Probe of a random network, and the same U-Net from scratch: unseen images, 0.85 DICE.
