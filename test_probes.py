@@ -222,6 +222,8 @@ def test_sec41_identical_masks_have_no_variance_and_full_agreement():
     mean, variance, sides = probes.agreement(masks)
     assert mean.shape == (1, 1, 1, 3) and mean.flatten().tolist() == [0.25, 0.75, 0.75]
     assert variance.flatten().tolist() == [0.1875] * 3 and sides.flatten().tolist() == [0.75] * 3
+    soft = torch.tensor([0.2, 0.4, -0.8]).view(1, 3, 1, 1, 1)  # two of three side with inside
+    assert probes.agreement(soft)[2].item() == pytest.approx(2 / 3)
 
 
 def test_sec41_calibration_counts_what_comes_true():
