@@ -79,7 +79,7 @@ class Config:
     image_size: int = setting(64, "side of an image in pixels", "§3.1", IMAGES, least=1, most=4096)
     augment: float = setting(0.0, "strength of the augmentation; 0: none", least=0, most=2)
 
-    steps: int = setting(0, "gradient steps; 0: as many as the epochs take", "§4.4, §4.5", TRAINING,
+    steps: int = setting(0, "gradient steps, instead of epochs", "§4.4, §4.5", TRAINING,
                          {"small synthesis": 1500, "small lung": 500, "small infection": 1000},
                          least=0)
     epochs: float = setting(100.0, "passes over the training images, instead of steps",
