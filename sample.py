@@ -88,8 +88,9 @@ def check_flags(args, task):
     refuse(args.n is not None and args.n < 1, f"-n must be at least 1, got {args.n}")
     rule = f"--seed must be between 0 and 2^63 - 1, got {args.seed}"
     refuse(not 0 <= args.seed < 2**63, rule)
-    rule = f"--ensemble must be at most {MOST_MEMBERS}, got {args.ensemble}"
-    refuse((args.ensemble or 1) > MOST_MEMBERS, rule)
+    members = 1 if args.ensemble is None else args.ensemble
+    rule = f"--ensemble must be between 1 and {MOST_MEMBERS}, got {members}"
+    refuse(not 1 <= members <= MOST_MEMBERS, rule)
 
 
 def configure(args, cfg, device):
