@@ -211,6 +211,7 @@ def sampling_job(cfg, device, n, model=None):
     """One call samples n masks, or X-rays, as an evaluation does. Without a model a fresh one."""
     if model is None:
         model = devices.laid_out(ready(config.build_model(cfg), device), device)
+    model = devices.cast_once(model, cfg)
     if cfg.task == "synthesis":
         return partial(evaluate.sample_images, model, cfg, range(n), device)
     y = data.to_float(random_split(cfg, n)[0]).to(device)
@@ -299,7 +300,6 @@ def peer_step_that_fits(name, cfg, device):
         step = peer_training_job, name, cfg, device, cfg.batch_size >> halvings
         if fits(f"{name}, {step[-1]} images at once", partial(two_steps, *step)):
             return step
-    return None
 
 
 def compare(cfg, device, rounds):

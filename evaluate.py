@@ -126,7 +126,7 @@ def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None, s
         if progress:
             progress(len(y))
         return (2 * probability - 1)[:, None]
-    s, model = diffusion.schedule(cfg.T, cfg.shift, device), cast_once(model, cfg)
+    s = diffusion.schedule(cfg.T, cfg.shift, device)
     with autocast(cfg, device):
         e = model.embed(y).repeat_interleave(members, 0)
     noise = diffusion.ImageNoise(seed, index, y.shape[1:], members, device)
@@ -137,7 +137,7 @@ def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None, s
 @torch.inference_mode()
 def sample_images(model, cfg, index, device="cpu", progress=None, seed=EVAL_SEED):
     """X-rays from noise: (B, 1, H, W) in [-1, 1]. Image i comes from (seed, i) alone."""
-    s, model = diffusion.schedule(cfg.T, cfg.shift, device), cast_once(model, cfg)
+    s = diffusion.schedule(cfg.T, cfg.shift, device)
     shape = (1, cfg.image_size, cfg.image_size)
     noise = diffusion.ImageNoise(seed, index, shape, device=device)
     return sample_with(cfg, s, eps_model_of(model, cfg, s, device, progress), noise, None)
@@ -148,6 +148,8 @@ def segment(model, cfg, images, rows, device, progress=None):
 
     images: (N, 1, H, W) uint8. The mask is the mean of cfg.ensemble samples.
     """
+
+    model = cast_once(model, cfg)
 
     def masks_of(chunk):
         y = data.to_float(images[chunk]).to(device)
@@ -264,7 +266,7 @@ def distances_to_held_out(model, cfg, held_out, device, progress=None):
     """
     order = np.random.default_rng(EVAL_SEED).permutation(len(held_out))
     other, half = np.array_split(order, 2)
-    half = half[: cfg.eval_images]
+    half, model = half[: cfg.eval_images], cast_once(model, cfg)
 
     def samples_of(i):
         return sample_images(model, cfg, i, device, progress).cpu()

@@ -255,6 +255,7 @@ def use_run(args):
     model, cfg, step = runs.load_run(args.run, device)
     check_flags(args, cfg.task)
     cfg = configure(args, cfg, device)
+    model = devices.cast_once(model, cfg)
     segments = cfg.task != "synthesis"
     small = read_xrays(args.images, args.masks, cfg.image_size) if segments else None
     run = Path(args.run)

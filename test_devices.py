@@ -57,7 +57,7 @@ def test_weights_cast_to_16_bits_once_give_the_masks_of_weights_cast_at_every_pa
     """Bit for bit. No layer of the U-Net is cast in a pass but the head's convolution."""
     cfg = tiny(ddim_steps=3, precision="bf16")
     model = shake(config.build_model(cfg)).requires_grad_(False)
-    y, seen = data.to_float(split(3).images), set()
+    images, seen = split(3).images, set()
 
     def weights(layer, args):
         seen.update({layer.weight.dtype})
@@ -68,10 +68,10 @@ def test_weights_cast_to_16_bits_once_give_the_masks_of_weights_cast_at_every_pa
             and layer is not model.unet.head[2]
         ):
             layer.register_forward_pre_hook(weights)
-    once = evaluate.sample_masks(model, cfg, y, [0, 1, 2])
+    once = evaluate.segment(model, cfg, images, np.arange(3), CPU)
     assert seen == {torch.bfloat16} and model.unet.stem.weight.dtype == torch.float32
     monkeypatch.setattr(evaluate, "cast_once", lambda model, cfg: model)
-    assert torch.equal(evaluate.sample_masks(model, cfg, y, [0, 1, 2]), once)
+    assert torch.equal(evaluate.segment(model, cfg, images, np.arange(3), CPU), once)
     assert once.std() > 0.1 and torch.float32 in seen
 
 
