@@ -28,9 +28,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def out_of_memory(error):
-    """Whether an error says so. CUDA has a class for it, MPS and cuBLAS have only words."""
-    words = ("out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    """Whether an error says so. CUDA and numpy have classes for it, MPS, cuBLAS and CPUs words."""
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    said = any(word in str(error) for word in words)
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 @contextlib.contextmanager
@@ -51,7 +52,7 @@ def fits(name, job):
     """Whether a job finds the memory it needs. If not, a line on stderr says so."""
     try:
         job()
-    except (RuntimeError, UserError) as e:
+    except (RuntimeError, MemoryError, UserError) as e:
         if not out_of_memory(e):
             raise
         print(f"{name}: out of memory, left out", file=sys.stderr)
@@ -70,7 +71,7 @@ def exit_status(program, work, less_memory, left_behind):
     except (UserError, OSError) as e:
         print(f"{program}: error: {e}", file=sys.stderr)
         return 2
-    except RuntimeError as e:
+    except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
             raise
         print(f"{program}: error: out of memory; {less_memory}", file=sys.stderr)

@@ -215,7 +215,7 @@ def halved_when_memory_runs_out(gradient):
         while True:
             try:
                 return gradient(trainer, batch)
-            except RuntimeError as e:
+            except (RuntimeError, MemoryError) as e:
                 if not out_of_memory(e):
                     raise
             # Outside of the except block: its traceback holds the activations of what failed
@@ -241,7 +241,7 @@ def in_chunks(function, rows, device, members=1):
     while len(rows):
         try:
             answer = function(rows[:size])
-        except RuntimeError as e:
+        except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e) or size == 1:
                 raise
             size = -(-size // 2)

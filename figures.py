@@ -59,7 +59,7 @@ def figure(rows, columns, width, height):
 def annotate(fig, title, caption):
     """The title above and the caption below in smaller type, in lines as wide as the figure."""
     width = fig.get_figwidth()
-    fig.suptitle(textwrap.fill(title, round(13 * width)), fontsize=10)
+    fig.suptitle(textwrap.fill(title, round(13 * width)), fontsize=10, parse_math=False)
     if caption:
         fig.supxlabel(textwrap.fill(caption, round(16 * width)), fontsize=8)
 
@@ -142,7 +142,7 @@ def curves(lines, title):
     right.legend(fontsize=8)
     for ax in (left, right):
         ax.grid(alpha=0.3)
-    fig.suptitle(title, fontsize=10)
+    fig.suptitle(title, fontsize=10, parse_math=False)
     return fig
 
 
@@ -223,7 +223,7 @@ def save_image_grid(path, images, title, columns=8):
         ax.axis("off")
     for ax, image in zip(axes.flat, images):
         ax.imshow(image[0], **GRAY)
-    fig.suptitle(title, fontsize=9)
+    fig.suptitle(title, fontsize=9, parse_math=False)
     fig.savefig(path, dpi=110)
 
 
@@ -254,7 +254,7 @@ def mask_grid(images, true, sampled, dice, title, columns=8):
     first_line = f"{title}: from the worst to the best image of validation\n"
     contours = "contours: true solid green, sampled dashed orange; "
     colours = "difference: green missed, orange too much"
-    fig.suptitle(first_line + contours + colours, fontsize=9)
+    fig.suptitle(first_line + contours + colours, fontsize=9, parse_math=False)
     return fig
 
 
@@ -290,7 +290,7 @@ def save_overlay(path, image, mask, title, true=None, what="sampled mask"):
             contour(ax, np.uint8(255) * inside, colour, style)
         labels.append(label if inside.any() else f"{label} (empty)")
     ax.set_title("; ".join(labels), fontsize=9)
-    fig.suptitle(title, fontsize=9)
+    fig.suptitle(title, fontsize=9, parse_math=False)
     fig.savefig(path, dpi=150)
 
 

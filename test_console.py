@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,8 +42,14 @@ def test_bad_input_is_one_line_and_status_2(capsys):
 
 
 def test_too_little_memory_is_one_line_that_says_what_to_try_and_status_2(capsys):
-    """CUDA has a class for it; the words are those of MPS and cuBLAS."""
+    """CUDA has a class for it; the words are those of MPS and cuBLAS. A CPU's are its own."""
+    with pytest.raises(RuntimeError) as of_torch:
+        torch.empty(10**15)
+    with pytest.raises(MemoryError) as of_numpy:
+        np.empty(10**15)
     for error in (
+        of_torch.value,
+        of_numpy.value,
         torch.OutOfMemoryError("tried to allocate 20 GiB"),
         RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB)"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),

@@ -164,6 +164,18 @@ def test_the_overlay_of_a_strip_is_a_picture_of_moderate_sides(tmp_path):
         assert width == 7 * 150 and abs(height - inches * 150) <= 1
 
 
+def test_a_title_with_dollars_is_a_title(tmp_path):
+    """A file may be called so; matplotlib would read it as a formula, here a broken one."""
+    black = np.zeros((1, 1, 8, 8), np.uint8)
+    name = "$\\frac{$.png"
+    figures.save_overlay(tmp_path / "overlay.png", black[0, 0], black[0, 0] > 0, name)
+    figures.save_mask_grid(tmp_path / "masks.png", black, black, black, np.array([1.0]), name)
+    figures.save_image_grid(tmp_path / "grid.png", black, name)
+    figures.save_curves(tmp_path / "curves.png", [{"step": 1, "loss": 1.0, "lr": 0.1}], name)
+    figures.plot(dict(lines={"a": ([0, 1], [0, 1])}), title=name).savefig(tmp_path / "plot.png")
+    assert len(list(tmp_path.iterdir())) == 5
+
+
 def test_the_mask_grid_goes_from_the_worst_to_the_best():
     """Columns in order of DICE, an undefined one last; missed pixels green, too many orange."""
     true, sampled = np.zeros((2, 3, 1, 8, 8), np.uint8)
