@@ -37,6 +37,8 @@ CLASSES = ("COVID-19", "Non-COVID", "Normal")
 SPLITS = ("Train", "Val", "Test")
 DEFAULT_CLASSES = {"lung": CLASSES, "infection": ("COVID-19",), "synthesis": CLASSES}
 
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "GIF", "WEBP", "JPEG2000")  # of images
+
 CACHE = Path(__file__).resolve().parent / ".cache"
 CACHE_FORMAT = 2  # raise it when decoding or resizing changes: older caches are then stale
 
@@ -71,10 +73,14 @@ def to_uint8(x):
 
 def open_image(path):
     """The one picture in a file, decoded. UserError: unreadable, damaged, or several frames."""
+    path = Path(path)
+    if path.exists() and not path.is_file():  # reading a pipe or a device might never end
+        raise UserError(f"{path}: is not a file")
     try:
-        content = io.BytesIO(Path(path).read_bytes())
-        Image.open(content).verify()  # PNG checksums: load() alone accepts one flipped bit in seven
-        image = Image.open(content)
+        content = io.BytesIO(path.read_bytes())
+        # PNG has checksums, which verify() compares: load() alone accepts one flipped bit in seven
+        Image.open(content, formats=FORMATS).verify()
+        image = Image.open(content, formats=FORMATS)
         image.load()
     except Exception as e:  # Pillow's are OSError, SyntaxError, ValueError, struct.error...
         reason = "not an image file" if isinstance(e, UnidentifiedImageError) else e

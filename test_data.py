@@ -7,6 +7,7 @@ import re
 import struct
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,6 +201,18 @@ def test_damaged_files_are_refused(tmp_path):
             data.read_gray(tmp_path / "x.png")
     with pytest.raises(UserError, match=r"gone\.png: cannot be read"):
         data.read_gray(tmp_path / "gone.png")
+
+
+def test_what_is_no_file_or_of_another_format_is_refused(tmp_path):
+    """A pipe would never end, and PostScript is a program: neither is opened."""
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", tmp_path, Path(os.devnull)):
+        with pytest.raises(UserError, match="is not a file$"):
+            data.read_gray(path)
+    Image.fromarray(GRAY).convert("RGB").save(tmp_path / "x.eps")
+    (tmp_path / "x.eps").rename(tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"x\.png: cannot be read: not an image file"):
+        data.read_gray(tmp_path / "x.png")
 
 
 def test_a_flipped_bit_anywhere_in_the_pixels_of_a_file_is_noticed(tmp_path):
