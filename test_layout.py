@@ -85,7 +85,7 @@ def test_no_third_party_package_but_the_four(path):
     own = {p.stem for p in MODULES}
     foreign = set(imports(parse(path))) - own - set(sys.stdlib_module_names)
     assert not PEERS & set(imports(at_import(parse(path))))
-    assert foreign - (PEERS if path.stem in ("peers", "benchmark") else set()) <= PACKAGES
+    assert foreign - (PEERS if path.stem == "peers" else set()) <= PACKAGES
     assert "matplotlib" not in foreign or path.stem == "figures"
 
 
