@@ -360,10 +360,10 @@ class Folder:
     def __init__(self, path, cfg, checkpoint):
         self.path, self.cfg, self.place = path, cfg, path
         step, before = (checkpoint["step"], checkpoint["config"]) if checkpoint else (0, cfg)
-        self.another, results = protocol_of(cfg) != protocol_of(before), {}
+        self.another, measured_at = protocol_of(cfg) != protocol_of(before), None
         with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
-            results = json.loads((path / "results.json").read_bytes())["evaluation"]["step"]
-        self.finished = step == cfg.steps and (self.another or results == step)
+            measured_at = json.loads((path / "results.json").read_bytes())["evaluation"]["step"]
+        self.finished = step == cfg.steps and (self.another or measured_at == step)
         if self.finished:
             sampler = "one-pass" if cfg.supervised else f"{cfg.sampler}-{cfg.ddim_steps}"
             sampler += f"-eta{cfg.eta:g}" if cfg.eta else ""

@@ -349,9 +349,8 @@ def finish(run, test):
     except Stopped:
         go_on = f"python train.py --resume {shlex.quote(str(folder.path))}"
         at = f"stopped and saved at step {run.trainer.step} of {cfg.steps}"
-        message(
-            "stopped; the run stays as it was" if folder.finished else f"{at}; go on with: {go_on}"
-        )
+        unchanged = "stopped; the run stays as it was"
+        message(unchanged if folder.finished else f"{at}; go on with: {go_on}")
         return 130
     tested, last = run.test(test) if test else {}, run.log.evaluations(run.protocol)[-1]
     tables = evaluate.tables(cfg, last, tested)
