@@ -11,6 +11,7 @@ A ratio 0/0 is nan: no infected pixel, found or true, is neither a score of 0 no
 nan here too, where scikit-learn returns 0.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -140,6 +141,144 @@ def auroc(score, true):
     rank = (np.cumsum(ties) - (ties - 1) / 2)[place]  # 1 for the smallest; ties share a mean rank
     P, N = int(true.sum()), int((~true).sum())
     return float(ratio(rank[true].sum() - P * (P + 1) / 2, float(P * N)))
+
+
+# ---------------------------------------- masks as a distribution: a share and its interval
+
+
+def shares(masks, whole=None):
+    """Positive pixels of each mask as a share of `whole`: (B, N) float64. nan: a whole of nothing.
+
+    masks  (B, N, ...), N masks an image: bool, or probabilities in 0..1
+    whole  (B, ...) bool, such as the lungs for their infected share; None: all pixels
+    """
+    masks = as_array(masks)
+    part = masks.reshape(*masks.shape[:2], -1).sum(-1, dtype=np.float64)
+    pixels = masks[0, 0].size if whole is None else count(as_array(whole))[:, None]
+    return ratio(part, np.broadcast_to(pixels, part.shape).astype(np.float64))
+
+
+def central_interval(samples, level=0.9):
+    """Where the middle `level` of N samples lies: (low, high), each (B,).
+
+    Quantile q is sample number q (N + 1) in ascending order, interpolated. One more draw from the
+    law of the samples then falls inside with probability `level`. That takes N >= (1 + level) /
+    (1 - level), 19 for 0.9. Fewer give smallest and largest, with probability (N - 1) / (N + 1).
+
+    samples  (B, N)
+    """
+    ends = (1 - level) / 2, (1 + level) / 2
+    low, high = np.quantile(samples, ends, axis=1, method="weibull")
+    return low, high
+
+
+def coverage(low, high, true):
+    """In which part of the images the truth is in its interval. All (B,)."""
+    return float(np.mean((low <= true) & (true <= high)))
+
+
+def interval_score(low, high, true, level=0.9):
+    """The interval score of Gneiting and Raftery (2007), Eq. (43); less is better. All (B,).
+
+        width + 2 / (1 - level) (distance of the truth from the interval),   mean over the images
+
+    It is smallest for the quantiles of the truth's law: neither width nor misses are free.
+    """
+    miss = np.maximum(low - true, 0) + np.maximum(true - high, 0)
+    return float(np.mean(high - low + 2 / (1 - level) * miss))
+
+
+def crps(samples, true):
+    """Continuous ranked probability score, Gneiting and Raftery (2007), Eq. (21); less is better.
+
+        E |X - true| - E |X - X'| / 2,   mean over the images
+
+    X, X' are two different samples of an image, so that the expectation does not depend on N. With
+    N = 1 the score is the mean absolute error.
+
+    samples  (B, N)
+    true     (B,)
+    """
+    N = samples.shape[1]
+    ordered, place = np.sort(samples, 1), np.arange(N)
+    pairs = (ordered * (2 * place - N + 1)).sum(1) / max(N * (N - 1) / 2, 1)  # mean |X - X'|
+    return float(np.mean(np.abs(samples - true[:, None]).mean(1) - pairs / 2))
+
+
+def conformal_factor(error, spread, level=0.9):
+    """The factor by which a spread becomes an interval that holds `level` of new truths.
+
+    Split conformal prediction: the number ceil(level (n + 1)) in ascending order of error / spread
+    on n images that the network has not seen. The truth of another such image is in
+    estimate ± factor spread with probability >= level, whatever the network; inf for n too small.
+
+    error, spread  (n,), not negative; a spread of 0 counts as the smallest positive number
+    """
+    ratios = np.sort(error / np.maximum(spread, np.finfo(np.float64).tiny))
+    place = math.ceil(level * (len(ratios) + 1))
+    return float(ratios[place - 1]) if place <= len(ratios) else math.inf
+
+
+def energy_distance(a, b):
+    """Squared generalised energy distance of sets of masks, (B, N, ...) and (B, M, ...), as (B,).
+
+        2 E d(A, B) - E d(A, A') - E d(B, B'),   d = 1 - Jaccard index, 0 for two empty masks
+
+    A' is drawn independently of A, so it may be A. 0 where both sets have the same masks at the
+    same rates. With M = 1, one truth an image, the last term is 0 (Kohl et al., arXiv 1806.05034).
+    """
+
+    def mean_distance(x, y):  # (B, N, P) and (B, M, P) of 0 and 1 -> (B,)
+        both = x @ y.transpose(0, 2, 1)
+        either = x.sum(2)[:, :, None] + y.sum(2)[:, None] - both
+        return 1 - np.where(either > 0, both / np.maximum(either, 1), 1).mean((1, 2))
+
+    x, y = (flat_bits(masks) for masks in (a, b))
+    return 2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y)
+
+
+def flat_bits(masks):
+    """(B, N, ...) masks in [-1, 1] or bool -> (B, N, P) float32 of 0 and 1."""
+    bits = as_bool(masks, 0.0)
+    return bits.reshape(*bits.shape[:2], -1).astype(np.float32)
+
+
+def calibration(p, true, bins=10):
+    """Is a pixel of probability p positive p of the time? Three (bins,) arrays.
+
+    They are mean p, share of positive pixels, number of pixels. The first two are nan where a bin
+    is empty. Bins are of equal width, the last one holds 1.
+
+    p     any shape, 0..1
+    true  bool, like p
+    """
+    p, true = as_array(p).ravel().astype(np.float64), as_array(true).ravel()
+    bin_of = np.minimum((p * bins).astype(np.int64), bins - 1)
+    n = np.bincount(bin_of, minlength=bins)
+    sums = (np.bincount(bin_of, weights=x, minlength=bins) for x in (p, true))
+    return *(ratio(total, n) for total in sums), n
+
+
+def expected_calibration_error(p, true, bins=10):
+    """Mean of |mean p - share of positive pixels| over the bins, each weighted by its pixels."""
+    mean, share, n = calibration(p, true, bins)
+    return float(np.nansum(np.abs(mean - share) * n) / n.sum())
+
+
+def dice_difference(a, b, rng, draws=2000):
+    """How much higher the pooled DICE of a is than that of b, and how far chance alone moves it.
+
+    a, b  Counts of the same images by two networks, four (B,) arrays each
+    rng   numpy Generator
+
+    Returns the difference, and its standard error by paired bootstrap over the images: both are
+    pooled over the same B images, drawn `draws` times with replacement.
+    """
+    B = len(a.TP)
+    times = rng.multinomial(B, np.full(B, 1 / B), draws)  # of each image
+    drawn = (scores(Counts(*(times @ n for n in counts)))["DICE index"] for counts in (a, b))
+    pooled = (scores(counts.pooled())["DICE index"] for counts in (a, b))
+    return next(pooled) - next(pooled), float(np.std(np.subtract(*drawn), ddof=1))
 
 
 # ---------------------------------------- synthesis: how far are two sets of X-rays?

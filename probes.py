@@ -4,7 +4,7 @@ anomaly maps [12]             anomaly_map, reconstruct: a network that learned h
                               wrong where an X-ray is not healthy
 label-efficient features [3]  recorded, features, fit, classify: activations of the decoder, and a
                               pixel classifier that reads them
-ensembles [1] [21]            agreement, calibration, expected_dice: what N masks of one X-ray say
+ensembles [1] [21]            agreement, expected_dice: what N masks of one X-ray say
                               together
 
 x_0, eps and eps_model are those of diffusion.py: (B, 1, H, W), images in [-1, 1]. studies.py puts
@@ -183,31 +183,6 @@ def agreement(masks):
     p = (masks + 1) / 2
     positive = (masks > 0).float().mean(1)
     return p.mean(1), p.var(1, unbiased=False), torch.maximum(positive, 1 - positive)
-
-
-def calibration(p, true, bins=10):
-    """Is a pixel of probability p positive p of the time?
-
-    Returns three (bins,) tensors: mean p, share of positive pixels, number of pixels. The first two
-    are nan where a bin is empty. Bins are of equal width, the last one holds 1.
-
-    p     any shape, 0..1
-    true  bool, like p
-    """
-    bin_of = (p.flatten() * bins).long().clamp(max=bins - 1)
-    count = torch.bincount(bin_of, minlength=bins)
-
-    def mean(x):
-        return torch.bincount(bin_of, weights=x.flatten().double(), minlength=bins) / count
-
-    return mean(p), mean(true), count
-
-
-def expected_calibration_error(p, true, bins=10):
-    """Mean of |mean p - share of positive pixels| over the bins, each weighted by its pixels."""
-    mean, share, count = calibration(p, true, bins)
-    filled = count > 0
-    return float(((mean - share).abs() * count)[filled].sum() / count.sum())
 
 
 def expected_dice(p, q):

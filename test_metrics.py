@@ -8,17 +8,28 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
+from scipy.stats import norm
 from sklearn import metrics as sk
 
 from metrics import (
     NAMES,
     Counts,
     auroc,
+    calibration,
+    central_interval,
+    conformal_factor,
     confusion,
+    coverage,
+    crps,
+    dice_difference,
+    energy_distance,
+    expected_calibration_error,
     frechet_distance,
     image_features,
+    interval_score,
     per_image,
     scores,
+    shares,
 )
 
 ORACLE = {
@@ -312,3 +323,159 @@ def test_auroc_of_the_truth_of_its_opposite_and_of_a_constant():
     assert np.isnan(auroc(score, np.zeros(5, bool))) and np.isnan(auroc(score, np.ones(5, bool)))
     with pytest.raises(ValueError, match="the truth be bool"):
         auroc(score, true.astype(float))
+
+
+# ---------------------------------------- masks as a distribution
+
+
+def normal(B, N, seed=0):
+    """Standard normal numbers, (B, N)."""
+    return np.random.default_rng(seed).standard_normal((B, N))
+
+
+def test_a_share_is_counted_over_the_whole_that_is_named():
+    """Two images with two masks each, by hand; probabilities; a whole without a pixel is nan."""
+    a = np.array([[[1, 1, 0, 0], [1, 0, 0, 0]], [[1, 1, 1, 1], [0, 0, 0, 0]]], bool)
+    assert shares(a).tolist() == [[0.5, 0.25], [1, 0]]
+    whole = np.array([[1, 1, 0, 0], [0, 0, 0, 0]], bool)
+    assert shares(a, whole)[0].tolist() == [1, 0.5] and np.isnan(shares(a, whole)[1]).all()
+    p = torch.full((1, 1, 2, 2), 0.25)
+    assert shares(p, torch.tensor([[[True, False], [False, False]]])).tolist() == [[1.0]]
+
+
+def test_an_interval_holds_one_more_draw_with_its_level():
+    """19 samples: smallest and largest; 39: the second from each end; 25: 90 % of further draws.
+
+    Between two samples in order the interpolation is exact for the uniform law.
+    """
+    x = normal(3, 39)
+    low, high = central_interval(x)
+    np.testing.assert_allclose([low, high], np.sort(x, 1)[:, [1, 37]].T, atol=1e-12)
+    low, high = central_interval(x[:, :19])
+    np.testing.assert_allclose([low, high], [x[:, :19].min(1), x[:, :19].max(1)], atol=1e-12)
+    x = norm.cdf(normal(40_000, 26))
+    assert coverage(*central_interval(x[:, 1:]), x[:, 0]) == pytest.approx(0.9, abs=0.006)
+    assert coverage(*central_interval(x[:, 1:], 0.5), x[:, 0]) == pytest.approx(0.5, abs=0.01)
+    few = coverage(*central_interval(x[:, 1:10]), x[:, 0])
+    assert few == pytest.approx(8 / 10, abs=0.008)
+
+
+def test_the_interval_score_has_its_closed_form_and_is_least_for_the_true_quantiles():
+    """N(0, 1), +-z:   2 z + 4 / (1 - level) (phi(z) - z (1 - Phi(z)))."""
+    x, level = normal(400_000, 1)[:, 0], 0.9
+
+    def expected(z):
+        return 2 * z + 4 / (1 - level) * (norm.pdf(z) - z * norm.sf(z))
+
+    z = norm.ppf((1 + level) / 2)
+    for end in (0.7 * z, z, 1.3 * z):
+        got = interval_score(np.full_like(x, -end), np.full_like(x, end), x, level)
+        assert got == pytest.approx(expected(end), rel=0.01)
+    assert expected(z) < min(expected(0.7 * z), expected(1.3 * z)) - 0.1
+    one = [np.array([value]) for value in (0.2, 0.4, 0.1)]
+    assert interval_score(*one) == pytest.approx(0.2 + 20 * 0.1)
+
+
+@pytest.mark.parametrize("mean, sd", [(0, 1), (1, 0.5), (-2, 3)])
+def test_the_crps_of_a_gaussian_has_its_closed_form(mean, sd):
+    """sd (z (2 Phi(z) - 1) + 2 phi(z) - 1 / sqrt(pi)), z = (y - mean) / sd; 25 samples or 2."""
+    y, z = np.full(40_000, 0.3), (0.3 - mean) / sd
+    exact = z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi)
+    for N in (25, 2):
+        got = crps(mean + sd * normal(len(y), N), y)
+        assert got == pytest.approx(sd * exact, abs=0.02 * sd)
+
+
+def test_the_crps_counts_every_pair_and_one_sample_is_the_absolute_error():
+    x, y = normal(3, 5), np.array([0.1, -0.2, 3.0])
+    pairs = [np.mean([abs(a - b) for i, a in enumerate(row) for b in row[:i]]) for row in x]
+    want = np.mean(abs(x - y[:, None]).mean(1) - np.array(pairs) / 2)
+    assert crps(x, y) == pytest.approx(want, abs=1e-12)
+    assert crps(x[:, :1], y) == pytest.approx(abs(x[:, 0] - y).mean(), abs=1e-12)
+
+
+def test_a_conformal_interval_covers_whatever_the_spread():
+    """n = 99: the 90th ratio in order, for 90 %; over many draws it holds 90 in 100 new ones."""
+    ratios = np.random.default_rng(0).permutation(99) + 1.0
+    spread = np.random.default_rng(1).random(99) + 0.1
+    assert conformal_factor(ratios * spread, spread) == pytest.approx(90)
+    assert conformal_factor(ratios[:8], np.ones(8)) == np.inf  # 9 are the fewest for 90 %
+    assert conformal_factor(np.array([0.0, 1.0] * 50), np.zeros(100)) > 1e300
+    error = np.abs(normal(20_000, 20))  # 19 to learn from, one to be covered
+    held = [row[19] <= conformal_factor(row[:19], np.ones(19)) for row in error]
+    assert np.mean(held) == pytest.approx(18 / 20, abs=0.01)
+
+
+def test_the_energy_distance_of_two_shapes_is_that_of_their_rates():
+    """Shapes at distance d, at rates p and q:   2 d (p - q)^2;   against one truth 2 d p^2."""
+    one, other = np.zeros((2, 4, 4), bool)
+    one[:2], other[1:3] = True, True  # Jaccard index 1/3
+    d = 2 / 3
+
+    def set_of(k, n):
+        return np.stack([one] * k + [other] * (n - k))[None]
+
+    assert energy_distance(set_of(3, 10), set_of(3, 10)) == pytest.approx(0, abs=1e-6)
+    got = energy_distance(set_of(3, 10), set_of(4, 5))
+    assert got == pytest.approx(2 * d * (0.3 - 0.8) ** 2, abs=1e-6)
+    got = energy_distance(set_of(7, 10), set_of(0, 1))
+    assert got == pytest.approx(2 * d * 0.7**2, abs=1e-6)
+    nothing = np.zeros((1, 3, 4, 4), bool)
+    assert energy_distance(nothing, nothing) == 0
+    assert energy_distance(nothing, set_of(2, 2)) == pytest.approx(2)
+    soft = np.where(set_of(3, 10), 0.2, -0.2)  # masks in [-1, 1]
+    assert energy_distance(soft, set_of(4, 5)) == pytest.approx(2 * d * 0.25, abs=1e-6)
+
+
+def test_sec41_calibration_counts_what_comes_true():
+    """True with probability p: no error but chance.
+
+    Certain and right 7 times in 10: an error of 0.3. Empty bins are nan.
+    """
+    g = torch.Generator().manual_seed(0)
+    p = torch.rand(200_000, generator=g, dtype=torch.float64)
+    mean, share, count = calibration(p, torch.rand(len(p), generator=g) < p)
+    assert abs(mean - share).max() < 0.015 and count.sum() == len(p)
+    assert (mean * 10).astype(int).tolist() == list(range(10))
+    true = torch.rand(len(p), generator=g) < p
+    assert expected_calibration_error(p, true) < 0.01
+    sure, right = torch.ones(10), torch.arange(10) < 7
+    mean, share, count = calibration(sure, right)
+    assert (float(mean[-1]), float(share[-1])) == pytest.approx((1, 0.7))
+    assert count.tolist() == [0] * 9 + [10] and np.isnan(mean[:9]).all()
+    assert expected_calibration_error(sure, right) == pytest.approx(0.3)
+    p = torch.cat([sure, torch.full((30,), 0.05)])  # 30 pixels that are never positive, at 0.05
+    error = expected_calibration_error(p, torch.cat([right, torch.zeros(30) > 1]))
+    assert error == pytest.approx((10 * 0.3 + 30 * 0.05) / 40)
+
+
+def test_sec41_errors_of_calibration_do_not_cancel_between_bins():
+    """Too low by 0.2 in one bin, too high by 0.2 in another: an error of 0.2, not of 0."""
+    p = torch.tensor([0.25, 0.75]).repeat_interleave(100)
+    true = torch.cat([torch.arange(100) < 45, torch.arange(100) < 55])
+    assert expected_calibration_error(p, true) == pytest.approx(0.2)
+
+
+def test_the_error_of_a_difference_of_dice_is_that_of_its_images():
+    """b misses the same pixels as a and 50 more in each image: pooled by hand; no error.
+
+    Where the 50 are missed in every other image, the error is that of the delta method.
+    """
+    B, rng = 400, np.random.default_rng(0)
+    TP, FP = rng.integers(900, 1000, B), np.full(B, 50)
+    a = Counts(TP, FP, 1000 - TP, np.full(B, 3000))
+    assert dice_difference(a, a, rng) == (0, 0)
+    worse = 100 * (np.arange(B) % 2)
+    b = Counts(TP - worse, FP, a.FN + worse, a.TN)
+    difference, error = dice_difference(a, b, rng)
+    dice_a, dice_b = (scores(c.pooled())["DICE index"] for c in (a, b))
+    assert difference == pytest.approx(dice_a - dice_b, abs=1e-12) and difference > 0.02
+
+    def influence(c, dice):  # of an image on the quotient of two sums
+        return (2 * c.TP - dice * (2 * c.TP + c.FP + c.FN)) / (2 * c.TP + c.FP + c.FN).mean()
+
+    delta = (influence(a, dice_a) - influence(b, dice_b)).std(ddof=1) / np.sqrt(B)
+    assert error == pytest.approx(delta, rel=0.1)
+    apart = np.hypot(*(influence(c, d).std() / np.sqrt(B) for c, d in ((a, dice_a), (b, dice_b))))
+    every = Counts(TP - 50, FP, a.FN + 50, a.TN)
+    assert dice_difference(a, every, rng)[1] < 0.1 * apart  # paired: what is common does not count

@@ -226,35 +226,6 @@ def test_sec41_identical_masks_have_no_variance_and_full_agreement():
     assert probes.agreement(soft)[2].item() == pytest.approx(2 / 3)
 
 
-def test_sec41_calibration_counts_what_comes_true():
-    """True with probability p: no error but chance.
-
-    Certain and right 7 times in 10: an error of 0.3. Empty bins are nan.
-    """
-    g = torch.Generator().manual_seed(0)
-    p = torch.rand(200_000, generator=g, dtype=torch.float64)
-    mean, share, count = probes.calibration(p, torch.rand(len(p), generator=g) < p)
-    assert (mean - share).abs().max() < 0.015 and count.sum() == len(p)
-    assert (mean * 10).long().tolist() == list(range(10))
-    true = torch.rand(len(p), generator=g) < p
-    assert probes.expected_calibration_error(p, true) < 0.01
-    sure, right = torch.ones(10), torch.arange(10) < 7
-    mean, share, count = probes.calibration(sure, right)
-    assert (float(mean[-1]), float(share[-1])) == pytest.approx((1, 0.7))
-    assert count.tolist() == [0] * 9 + [10] and mean[:9].isnan().all()
-    assert probes.expected_calibration_error(sure, right) == pytest.approx(0.3)
-    p = torch.cat([sure, torch.full((30,), 0.05)])  # 30 pixels that are never positive, at 0.05
-    error = probes.expected_calibration_error(p, torch.cat([right, torch.zeros(30) > 1]))
-    assert error == pytest.approx((10 * 0.3 + 30 * 0.05) / 40)
-
-
-def test_sec41_errors_of_calibration_do_not_cancel_between_bins():
-    """Too low by 0.2 in one bin, too high by 0.2 in another: an error of 0.2, not of 0."""
-    p = torch.tensor([0.25, 0.75]).repeat_interleave(100)
-    true = torch.cat([torch.arange(100) < 45, torch.arange(100) < 55])
-    assert probes.expected_calibration_error(p, true) == pytest.approx(0.2)
-
-
 def test_sec41_a_drawn_mask_has_the_dice_of_its_probabilities_and_less_than_the_mean():
     """Masks that come true with probability p or q, counted on 10^6 pixels.
 
