@@ -149,14 +149,26 @@ def segment(model, cfg, images, rows, device, progress=None):
     images: (N, 1, H, W) uint8. The mask is the mean of cfg.ensemble samples.
     """
 
+    def mean(chunk, masks):
+        return masks.mean(1)
+
+    return sampled(mean, images.shape[1:], model, cfg, images, rows, device, progress)
+
+
+def sampled(numbers_of, shape, model, cfg, images, rows, device, progress=None):
+    """numbers_of(chunk of the rows, their masks) -> (n, *shape), for all rows, on the CPU.
+
+    masks: (n, cfg.ensemble, 1, H, W) in [-1, 1]. They are drawn in chunks, on every process, and
+    let go when their numbers are known.
+    """
     model = cast_once(model, cfg)
 
-    def masks_of(chunk):
+    def numbers(chunk):
         y = data.to_float(images[chunk]).to(device)
-        members = sample_masks(model, cfg, y, chunk, cfg.ensemble, device, progress)
-        return members.mean(1).cpu()
+        masks = sample_masks(model, cfg, y, chunk, cfg.ensemble, device, progress)
+        return numbers_of(chunk, masks.cpu())
 
-    return on_all_processes(masks_of, rows, images.shape[1:], device, cfg.ensemble)
+    return on_all_processes(numbers, rows, shape, device, cfg.ensemble)
 
 
 def on_all_processes(function, rows, shape, device, members=1):
@@ -210,21 +222,55 @@ def evaluate_masks(model, cfg, splits, device, progress=None):
     """The eight metrics on the evaluated rows of each split.
 
     Returns {split: {"images": n, "pooled": {name: value}, "per image": {name: (mean, sd, n)}}} and,
-    of the last split, what figures.mask_grid shows: X-rays, true masks, masks, DICE of each.
+    of the last split, what figures.mask_grid shows: X-rays, true masks, masks, DICE of each. Of an
+    ensemble a split has a "share" too, see metrics.share_report.
     """
     report, shown = {}, None
     for name, split in splits.items():
         rows = evaluated_rows(len(split.images), cfg.eval_images)
-        masks = segment(model, cfg, split.images, rows, device, progress)
-        counts = metrics.confusion(masks, data.to_float(split.masks[rows]))
+        true = split.masks[rows] > 127
+        masks, areas, distances = ensembles(model, cfg, split, rows, device, progress)
+        counts = metrics.confusion(masks, true)
         report[name] = {
             "images": len(rows),
             "pooled": metrics.scores(counts.pooled()),
             "per image": metrics.per_image(counts),
         }
+        if cfg.ensemble > 1:
+            p, lungs = ((masks + 1) / 2).clamp(0, 1), lungs_of(cfg, name, rows)
+            share = metrics.share_report(p.numpy(), areas, true, lungs)
+            report[name]["share"] = share | {"energy distance": float(distances.mean())}
         dice = metrics.scores(counts)["DICE index"]
         shown = split.images[rows], split.masks[rows], data.to_uint8(masks), dice
     return report, shown
+
+
+def ensembles(model, cfg, split, rows, device, progress=None):
+    """cfg.ensemble masks of each X-ray of these rows, and what is kept of them.
+
+    Returns their mean, (n, 1, H, W) float32 in [-1, 1] on the CPU; how many pixels of each are
+    positive, (n, N); and metrics.energy_distance between them and the true mask, (n,).
+    """
+    shape = split.images.shape[1:]
+
+    def numbers(chunk, masks):
+        inside, true = masks > 0, split.masks[chunk, None] > 127
+        distance = torch.from_numpy(metrics.energy_distance(inside, true))
+        numbers = masks.mean(1).flatten(1), inside.flatten(2).sum(2), distance[:, None]
+        return torch.cat(numbers, 1)
+
+    parts = math.prod(shape), cfg.ensemble, 1
+    found = sampled(numbers, (sum(parts),), model, cfg, split.images, rows, device, progress)
+    mean, areas, distances = found.split(parts, 1)
+    return mean.reshape(-1, *shape), areas.double().numpy(), distances[:, 0].double().numpy()
+
+
+def lungs_of(cfg, split, rows):
+    """The lungs of which an infection's share is reported, (n, 1, H, W) bool; of lungs None."""
+    if cfg.task == "lung":
+        return None
+    how = dict(classes=cfg.classes, image_size=cfg.image_size, masks="lung masks")
+    return data.load(cfg.data, cfg.task, split, **how).masks[rows] > 127
 
 
 def evaluate_images(model, cfg, splits, device, progress=None):

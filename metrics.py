@@ -145,6 +145,8 @@ def auroc(score, true):
 
 # ---------------------------------------- masks as a distribution: a share and its interval
 
+LEVEL = 0.9  # of intervals
+
 
 def shares(masks, whole=None):
     """Positive pixels of each mask as a share of `whole`: (B, N) float64. nan: a whole of nothing.
@@ -158,7 +160,7 @@ def shares(masks, whole=None):
     return ratio(part, np.broadcast_to(pixels, part.shape).astype(np.float64))
 
 
-def central_interval(samples, level=0.9):
+def central_interval(samples, level=LEVEL):
     """Where the middle `level` of N samples lies: (low, high), each (B,).
 
     Quantile q is sample number q (N + 1) in ascending order, interpolated. One more draw from the
@@ -177,7 +179,7 @@ def coverage(low, high, true):
     return float(np.mean((low <= true) & (true <= high)))
 
 
-def interval_score(low, high, true, level=0.9):
+def interval_score(low, high, true, level=LEVEL):
     """The interval score of Gneiting and Raftery (2007), Eq. (43); less is better. All (B,).
 
         width + 2 / (1 - level) (distance of the truth from the interval),   mean over the images
@@ -205,7 +207,7 @@ def crps(samples, true):
     return float(np.mean(np.abs(samples - true[:, None]).mean(1) - pairs / 2))
 
 
-def conformal_factor(error, spread, level=0.9):
+def conformal_factor(error, spread, level=LEVEL):
     """The factor by which a spread becomes an interval that holds `level` of new truths.
 
     Split conformal prediction: the number ceil(level (n + 1)) in ascending order of error / spread
@@ -217,6 +219,37 @@ def conformal_factor(error, spread, level=0.9):
     ratios = np.sort(error / np.maximum(spread, np.finfo(np.float64).tiny))
     place = math.ceil(level * (len(ratios) + 1))
     return float(ratios[place - 1]) if place <= len(ratios) else math.inf
+
+
+def share_report(p, areas, true, whole=None):
+    """What N masks of each image say about the share of its positive pixels: a dict of numbers.
+
+    A raw coverage below its level: the masks differ less from one another than from the truth.
+
+    p      (B, 1, H, W) in 0..1: each pixel's probability, the mean of the masks
+    areas  (B, N) positive pixels of each mask
+    true   (B, 1, H, W) bool
+    whole  (B, 1, H, W) bool, see shares
+    """
+    pixels = true[0].size if whole is None else count(whole)[:, None]
+    x, y = areas / pixels, shares(true[:, None], whole)[:, 0]
+    low, high = central_interval(x)
+    estimates = {
+        "mean of the masks": x.mean(1),
+        "mask of the mean": shares(p[:, None] > 0.5, whole)[:, 0],
+        "sum of the probabilities": shares(p[:, None], whole)[:, 0],
+    }
+    errors = {name: estimate - y for name, estimate in estimates.items()}
+    return {
+        "level": min(LEVEL, (x.shape[1] - 1) / (x.shape[1] + 1)),
+        "coverage": coverage(low, high, y),
+        "width": float(np.mean(high - low)),
+        "interval score": interval_score(low, high, y),
+        "CRPS": crps(x, y),
+        "bias": {name: float(error.mean()) for name, error in errors.items()},
+        "mean absolute error": {name: float(abs(error).mean()) for name, error in errors.items()},
+        "calibration error": expected_calibration_error(p, true),
+    }
 
 
 def energy_distance(a, b):

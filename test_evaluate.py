@@ -177,6 +177,31 @@ def test_an_oracle_scores_one_whatever_the_network_predicts(target):
     assert np.array_equal(shown[1], shown[2])
 
 
+@pytest.mark.parametrize("task", ["lung", "infection"])
+def test_what_an_ensemble_says_about_the_share_is_what_its_masks_say(task, monkeypatch):
+    """Each X-ray's masks drawn one X-ray at a time, and every number from them by metrics alone.
+
+    Infections: as a share of the lungs, of the rows that are evaluated.
+    """
+    cfg, val = tiny(task=task, eval_images=5, ensemble=3, ddim_steps=4), split(9, 1)
+    model, rows = shake(config.build_model(cfg)), evaluate.evaluated_rows(9, 5)
+    monkeypatch.setattr(data, "load", lambda *_, masks, **how: split(9, 2)._replace(names=[masks]))
+    report, _ = evaluate.evaluate_masks(model, cfg, {"Val": val}, CPU)
+    y = data.to_float(val.images)
+    masks = [evaluate.sample_masks(model, cfg, y[[i]], [i], 3)[0] for i in rows]
+    masks, true = torch.stack(masks), val.masks[rows] > 127
+    lungs = None if task == "lung" else split(9, 2).masks[rows] > 127
+    inside, p = masks.numpy() > 0, (masks.mean(1).numpy() + 1) / 2
+    want = metrics.share_report(p, inside.reshape(5, 3, -1).sum(2), true, lungs)
+    want["energy distance"] = metrics.energy_distance(inside, true[:, None]).mean()
+    got = report["Val"]["share"]
+    assert got.keys() == want.keys() and got["width"] > 0.001
+    for name, value in want.items():
+        assert got[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    one, _ = evaluate.evaluate_masks(model, tiny(task=task, eval_images=5), {"Val": val}, CPU)
+    assert "share" not in one["Val"]
+
+
 def no_samples(model, cfg, index, *_):
     """Black images in place of sample_images, where only the loss is asked for."""
     return torch.zeros(len(index), 1, 16, 16)

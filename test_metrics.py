@@ -29,6 +29,7 @@ from metrics import (
     interval_score,
     per_image,
     scores,
+    share_report,
     shares,
 )
 
@@ -404,6 +405,32 @@ def test_a_conformal_interval_covers_whatever_the_spread():
     error = np.abs(normal(20_000, 20))  # 19 to learn from, one to be covered
     held = [row[19] <= conformal_factor(row[:19], np.ones(19)) for row in error]
     assert np.mean(held) == pytest.approx(18 / 20, abs=0.01)
+
+
+def test_a_report_on_shares_is_that_of_its_parts():
+    """Two images of four pixels with three masks each, by hand."""
+    areas = np.array([[1, 2, 3], [2, 2, 4]])
+    true = np.array([[1, 1, 0, 0], [0, 0, 0, 0]], bool).reshape(2, 1, 2, 2)
+    p = np.array([[0.9, 0.8, 0.1, 0], [0.6, 0.6, 0.2, 0.2]]).reshape(2, 1, 2, 2)
+    report = share_report(p, areas, true)  # shares 0.5 and 0 against 1/4, 1/2, 3/4 and 1/2, 1/2, 1
+    assert report["level"] == 0.5 and report["coverage"] == 0.5
+    assert report["width"] == pytest.approx(0.5)
+    assert report["interval score"] == pytest.approx(0.5 + 20 * 0.5 / 2)
+    assert report["CRPS"] == pytest.approx(((1 / 6 - 1 / 6) + (2 / 3 - 1 / 6)) / 2)
+    means = {
+        "mean of the masks": [0, 2 / 3],
+        "mask of the mean": [0, 0.5],
+        "sum of the probabilities": [-0.05, 0.4],
+    }
+    for name, errors in means.items():
+        assert report["bias"][name] == pytest.approx(np.mean(errors))
+        assert report["mean absolute error"][name] == pytest.approx(np.abs(errors).mean())
+    assert report["calibration error"] == expected_calibration_error(p, true)
+    lungs = np.ones_like(true)
+    lungs[:, :, 1, 1] = False  # three pixels
+    of_lungs = share_report(p, areas, true, lungs)
+    assert of_lungs["width"] == pytest.approx(0.5 * 4 / 3)
+    assert of_lungs["bias"]["mask of the mean"] == pytest.approx(0.25 * 4 / 3)
 
 
 def test_the_energy_distance_of_two_shapes_is_that_of_their_rates():
