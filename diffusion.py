@@ -310,6 +310,7 @@ class Purpose(enum.IntEnum):
     CLASSIFIER = 7  # weights and pixels of a probe
     LABELS = 8  # which images have labels
     FROM_SCRATCH = 9  # the batches of those images
+    AMBIGUOUS = 10  # pictures whose mask is uncertain
 
 
 def philox(seed, purpose, i, member=0):

@@ -114,6 +114,36 @@ def draw_curves(ax, lines, style="line", errors=None, marks=None, **axis):
         ax.legend(fontsize=8)
 
 
+def intervals(estimate, low, high, true, reliability, title):
+    """Two pictures of how far an ensemble's masks can be trusted.
+
+    Left: each image's share with its 90 % interval, and the truth, sorted by the truth. Right: how
+    often a pixel of probability p is positive. The diagonal is the ideal.
+
+    estimate, low, high, true  (B,) each, see metrics.shares and metrics.central_interval
+    reliability                (mean p, share of positive pixels), see metrics.calibration
+    """
+    order, rank = np.argsort(true), np.arange(len(true))
+    bars = np.maximum([estimate - low, high - estimate], 0)[:, order]
+    inside = np.mean((low <= true) & (true <= high))
+    shares = dict(
+        lines={"mean and interval": (rank, estimate[order]), "truth": (rank, true[order])},
+        errors={"mean and interval": bars},
+        style="points",
+        xlabel="image, in the order of its true share",
+        ylabel="share of positive pixels",
+        title=f"{inside:.0%} of the truths are in their intervals; 90 % are wanted",
+    )
+    pixels = dict(
+        lines={"found": reliability, "ideal": ([0, 1], [0, 1])},
+        style="both",
+        xlabel="probability of a pixel",
+        ylabel="share of positive pixels",
+        title="calibration of the pixels",
+    )
+    return plot(shares, pixels, title=title, height=3.6)
+
+
 def save_curves(path, *args):
     """curves into a file."""
     curves(*args).savefig(path, dpi=110)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent
 LEVELS = [  # a module imports project modules of lower levels only
     {"diffusion", "rrdb", "metrics", "console", "figures", "peers"},
     {"unet", "score", "data", "probes"},
-    {"baselines", "batches", "devices", "phantoms"},
+    {"ambiguous", "baselines", "batches", "devices", "phantoms"},
     {"config"},
     {"evaluate", "runs"},
     {"train", "sample"},
@@ -182,6 +182,7 @@ def test_importing_prints_nothing(side_effects):
 # ---------------------------------------- random numbers
 
 PURPOSES = {  # each function that begins a stream of random numbers: what it names of Purpose
+    "ambiguous.picture": {"AMBIGUOUS"},
     "batches.batch": {"AUGMENTATION"},
     "batches.draws": {"NOISE"},
     "batches.order_of": {"ORDER"},
