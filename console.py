@@ -2,10 +2,14 @@
 
 import argparse
 import contextlib
+import multiprocessing
+import os
 import shutil
 import signal
 import sys
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
@@ -88,12 +92,17 @@ STOP_SIGNALS = [getattr(signal, name) for name in NAMES_OF_SIGNALS if hasattr(si
 
 
 class StopSignals(contextlib.AbstractContextManager):
-    """While the context is open, the first stop signal sets `received`. A second acts at once."""
+    """While the context is open, the first stop signal sets `received`. A second acts at once.
+
+    nohup makes a process deaf to SIGHUP. It stays so.
+    """
 
     received = None
 
     def __enter__(self):
-        self.handlers_before = {sig: signal.signal(sig, self.receive) for sig in STOP_SIGNALS}
+        nohup = {s for s in STOP_SIGNALS[2:] if signal.getsignal(s) == signal.SIG_IGN}
+        heard = [sig for sig in STOP_SIGNALS if sig not in nohup]
+        self.handlers_before = {sig: signal.signal(sig, self.receive) for sig in heard}
         return self
 
     def receive(self, sig, frame):
@@ -109,6 +118,29 @@ class StopSignals(contextlib.AbstractContextManager):
         """Raise Stopped if a signal was received."""
         if self.received:
             raise Stopped
+
+
+@contextlib.contextmanager
+def worker_processes():
+    """A ProcessPoolExecutor. A stop signal or an error cancels the jobs that have not begun."""
+    spawn, signals = multiprocessing.get_context("spawn"), StopSignals()
+    signals.receive = signal.default_int_handler  # SIGTERM is a Ctrl-C here
+    with signals, ProcessPoolExecutor(None, spawn, begin_worker) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)  # and waits for the jobs that have begun
+
+
+def begin_worker():
+    """A worker leaves Ctrl-C to its parent. It ends when the parent ends, killed or not."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # ---------------------------------------- what a command shows

@@ -10,12 +10,11 @@ lateral      |x|, the distance from the spine
 across       0 at the spine, 1 at the inner chest wall: lateral over the half width of the rib cage
 """
 
+import contextlib
 import dataclasses
-import multiprocessing
-import os
 import shutil
-import signal
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import tempfile
+from concurrent.futures import as_completed
 from pathlib import Path
 
 import numpy as np
@@ -349,44 +348,45 @@ def write_one(folder, kind, index, seed, size, infections):
 
 
 def write_all(jobs, options, progress):
-    """write_one for each job, in parallel. An error or Ctrl-C cancels the jobs not yet begun."""
-    spawn, ignore_ctrl_c = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(None, spawn, signal.signal, ignore_ctrl_c) as pool:
-        try:
-            futures = [pool.submit(write_one, *job, i, *options) for i, job in enumerate(jobs, 1)]
-            for done, future in enumerate(as_completed(futures), 1):
-                future.result()
-                if progress:
-                    progress(done, len(jobs))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # and waits for the jobs that have begun
-            raise
+    """write_one for each job, in parallel."""
+    with console.worker_processes() as pool:
+        futures = [pool.submit(write_one, *job, i, *options) for i, job in enumerate(jobs, 1)]
+        for done, future in enumerate(as_completed(futures), 1):
+            future.result()
+            progress(done, len(jobs))
 
 
-def write_phantoms(root, tree, counts, seed=0, size=256, progress=None):
+def write_phantoms(root, tree, counts, seed=0, size=256, progress=lambda *_: None):
     """Write a set of phantoms. Its path <root>/<tree> appears when it is complete.
+
+    A set that is there stays. Another process that draws it is waited for.
 
     tree      a name of TREES. The infection tree has infection masks too
     counts    {split: {class: number of phantoms}}, numbered in this order: each is in one split
-    progress  called as progress(done, total) after each phantom, or None
+    progress  called as progress(done, total) after each phantom
     """
     root = Path(root)
-    if (root / tree).exists():
-        raise FileExistsError(f"phantoms go to a new folder, and {root / tree} is there already")
     root.mkdir(parents=True, exist_ok=True)
     (root / PHANTOMS_NOTE).write_text("Chest phantoms: generated pictures, not X-rays of people.\n")
-    partial, jobs = root / f".{tree}.{os.getpid()}", []
-    for split in counts:
-        for kind, n in counts[split].items():
-            jobs += n * [(partial / tree / split / kind, kind)]
-    try:
-        write_all(jobs, (seed, size, tree == TREES["infection"]), progress)
-        partial.rename(root / tree)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with open(root / PHANTOMS_NOTE, "a") as note:
+        with contextlib.suppress(ImportError):  # Windows has no such lock
+            import fcntl
+
+            fcntl.flock(note, fcntl.LOCK_EX)  # released by the death of its process, too
+            for killed in root.glob(f".{tree}.*"):
+                shutil.rmtree(killed, ignore_errors=True)
+        if (root / tree).exists():
+            return
+        with tempfile.TemporaryDirectory(prefix=f".{tree}.", dir=root) as partial:
+            jobs, whole = [], Path(partial, tree)
+            for split in counts:
+                for kind, n in counts[split].items():
+                    jobs += n * [(whole / tree / split / kind, kind)]
+            write_all(jobs, (seed, size, tree == TREES["infection"]), progress)
+            whole.rename(root / tree)
 
 
-def ensure_phantoms(task, progress=None):
+def ensure_phantoms(task, progress=lambda *_: None):
     """Draw the phantoms of a task into PHANTOMS on the first call. No picture is in both trees."""
     tree = TREES[task]
     if not (PHANTOMS / tree).is_dir():

@@ -4,15 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import console
-
-ROOT = Path(__file__).resolve().parent
+from testing import ROOT, start
 
 # ---------------------------------------- how a command ends
 
@@ -147,6 +145,34 @@ def test_one_command_notes_its_signals_anew(acted):
     with console.StopSignals() as second:
         second.check()
     assert first.received and second.received is None
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_hang_up_stops_nothing_under_nohup(acted):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with console.StopSignals() as signals:
+        signal.raise_signal(signal.SIGHUP)
+        assert signals.received is None and acted == []
+        signal.raise_signal(signal.SIGTERM)
+    assert signals.received == signal.SIGTERM
+
+
+DRAWS = """import os, time, console
+with console.worker_processes() as pool:
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(99)"""
+
+
+def test_workers_end_by_themselves_where_their_parent_is_killed():
+    """They have its stdout, which is at its end when the last of them has ended."""
+    with start(["-c", DRAWS], ROOT) as parent:
+        worker = int(parent.stdout.readline())
+        parent.kill()
+        try:
+            assert parent.communicate(timeout=20)[0] == ""
+        except subprocess.TimeoutExpired:
+            os.kill(worker, signal.SIGKILL)
+            raise
 
 
 # ---------------------------------------- what a command shows

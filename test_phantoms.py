@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -360,7 +362,10 @@ def test_phantoms_are_written_in_the_layout_and_read_by_the_loader(tmp_path):
 
 
 def test_an_interrupted_drawing_leaves_no_tree(tmp_path):
-    """Stopped after the third phantom: no part of the tree stays. The next call draws it whole."""
+    """Stopped after the third phantom: no part of the tree stays. The next call draws it whole.
+
+    It removes what a killed drawing has left.
+    """
 
     def stop(done, total):
         if done == 3:
@@ -370,7 +375,9 @@ def test_an_interrupted_drawing_leaves_no_tree(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         phantoms.write_phantoms(tmp_path, LUNG, counts, size=16, progress=stop)
     assert [f.name for f in tmp_path.iterdir()] == [phantoms.PHANTOMS_NOTE]
+    (tmp_path / f".{LUNG}.killed" / LUNG).mkdir(parents=True)
     phantoms.write_phantoms(tmp_path, LUNG, counts, size=16)
+    assert {f.name for f in tmp_path.iterdir()} == {phantoms.PHANTOMS_NOTE, LUNG}
     assert len(data.load(tmp_path, "lung", "Val", "Normal", 16, tmp_path / "cache").names) == 2
 
 
@@ -389,23 +396,47 @@ def test_each_task_gets_phantoms_of_its_own(tmp_path, monkeypatch):
     assert drawn == [(LUNG, 0), (INFECTION, 1)]
 
 
-def test_ctrl_c_while_phantoms_are_drawn_cancels_what_has_not_begun_and_leaves_nothing(
+def test_a_stop_signal_while_phantoms_are_drawn_cancels_what_has_not_begun_and_leaves_nothing(
     tmp_path, monkeypatch
 ):
-    """The pool is told to cancel. The tree does not appear, and neither does a half-written one."""
+    """SIGTERM is a Ctrl-C here. The pool is told to cancel, and no half-written tree stays."""
     cancelled = []
 
-    class Pool(phantoms.ProcessPoolExecutor):
+    class Pool(console.ProcessPoolExecutor):
         def shutdown(self, wait=True, *, cancel_futures=False):
             cancelled.append(cancel_futures)
             super().shutdown(wait, cancel_futures=cancel_futures)
 
     def interrupt(done, total):
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(phantoms, "ProcessPoolExecutor", Pool)
-    counts = {"Train": {"Normal": 50}}
-    with pytest.raises(KeyboardInterrupt):
-        phantoms.write_phantoms(tmp_path, LUNG, counts, size=16, progress=interrupt)
+    monkeypatch.setattr(console, "ProcessPoolExecutor", Pool)
+    counts, before = {"Train": {"Normal": 50}}, signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            phantoms.write_phantoms(tmp_path, LUNG, counts, size=16, progress=interrupt)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert cancelled[0] is True
     assert [p.name for p in tmp_path.iterdir()] == [phantoms.PHANTOMS_NOTE]
+
+
+def test_a_set_that_another_process_draws_is_waited_for_and_used(tmp_path, monkeypatch):
+    """Two begin before there is one: it is drawn once, and both find it."""
+    drawn = []
+
+    def write_all(jobs, options, progress):
+        drawn.append(jobs)
+        jobs[0][0].mkdir(parents=True)
+        if len(drawn) == 1:
+            other.start()
+            other.join(0.2)
+
+    monkeypatch.setattr(phantoms, "write_all", write_all)
+    where = (tmp_path, LUNG, {"Train": {"Normal": 1}})
+    other = threading.Thread(target=phantoms.write_phantoms, args=where)
+    phantoms.write_phantoms(*where)
+    other.join()
+    assert len(drawn) == 1
+    assert {f.name for f in tmp_path.iterdir()} == {phantoms.PHANTOMS_NOTE, LUNG}
