@@ -14,6 +14,7 @@ Each prints a table of what it finds on validation. --out FILE writes all number
 import argparse
 import dataclasses
 import functools
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -256,7 +257,7 @@ def parse(argv):
 
 
 def check(args, cfg):
-    """Refuse numbers out of range, and a run that has not learned what the study needs."""
+    """Refuse numbers out of range, a run that has not learned what the study needs, a bad --out."""
     for name in ("labels", "draws", "images"):
         least = min(np.atleast_1d(getattr(args, name)))
         refuse(least < 1, f"--{name} must be at least 1, got {least}")
@@ -265,6 +266,13 @@ def check(args, cfg):
     rule = f"{args.run} must have learned healthy X-rays alone (--classes Normal)"
     others = args.study == "anomalies" and cfg.classes != ("Normal",)
     refuse(others, f"{rule}, got {', '.join(cfg.classes)}")
+    if args.out:
+        out = Path(args.out).absolute()
+        place = next(folder for folder in out.parents if folder.exists())
+        earlier = out.is_file() and out.read_bytes().startswith(b'{\n "study": ')
+        writable = place.is_dir() and os.access(place, os.W_OK) and (earlier or not out.exists())
+        rule = "--out must be a new file where one can be written, or a result of studies.py"
+        refuse(not writable, f"{rule}, got {args.out}")
 
 
 def carry_out(args):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -319,3 +320,20 @@ def test_bad_input_is_one_line_and_status_2(run, words, changes, message, capsys
     assert studies.main([words[0], run(**changes), *words[1:], "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("studies.py: error: ") and message in error and error.count("\n") == 1
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_the_work(
+    run, tmp_path, monkeypatch, capsys
+):
+    """A file of something else, a folder, below a file, in a folder of somebody else."""
+    monkeypatch.setattr(phantoms, "find_data", None)
+    folder, notes = run(), tmp_path / "notes.txt"
+    notes.write_text("mine")
+    for out in (notes, tmp_path, notes / "a.json", tmp_path / "new" / "a.json"):
+        ours = out.parent.name != "new"
+        monkeypatch.setattr(os, "access", lambda *_, ours=ours: ours)
+        words = ["anomalies", folder, "--device", "cpu", "--out", str(out)]
+        assert studies.main(words) == 2
+        rule = "--out must be a new file where one can be written, or a result of studies.py"
+        assert capsys.readouterr().err == f"studies.py: error: {rule}, got {out}\n"
+    assert notes.read_text() == "mine" and not (tmp_path / "new").exists()
