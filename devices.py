@@ -216,6 +216,9 @@ def halved_when_memory_runs_out(gradient):
             try:
                 return gradient(trainer, batch)
             except (RuntimeError, MemoryError) as e:
+                if hasattr(e, "inner_exception") and not out_of_memory(e):  # from torch.compile
+                    why = str(e.inner_exception).strip().partition("\n")[0]
+                    raise UserError(f"--set plan=compiled does not work here: {why}") from e
                 if not out_of_memory(e):
                     raise
             # Outside of the except block: its traceback holds the activations of what failed

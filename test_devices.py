@@ -105,6 +105,20 @@ def test_every_plan_takes_the_same_steps(plan, monkeypatch):
         assert last == (plan == "channels-last")
 
 
+def test_without_a_compiler_the_compiled_plan_is_refused_in_one_line(go, monkeypatch, capsys):
+    """The error is the one that torch.compile raises there: it names the compiler."""
+    missing = torch._inductor.exc.InvalidCxxCompiler()
+
+    def raises(*_):
+        raise torch._inductor.exc.InductorError(missing, None)
+
+    monkeypatch.setattr(devices, "parallel", lambda model, plan: raises)
+    assert go("--task lung --set plan=compiled")[0] == 2
+    rule = "train.py: error: --set plan=compiled does not work here: No working C++ compiler found"
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith(rule) and error.count("error") == 1
+
+
 # ---------------------------------------- nothing waits for the CPU
 
 
