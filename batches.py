@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import data
 import score
-from diffusion import Purpose, seed_of
+from diffusion import Purpose, seed_of, sent
 
 
 class Batch(NamedTuple):
@@ -61,15 +61,6 @@ def batch(cfg, step, images, masks):
     t, eps = draws(cfg, step, x0)
     t = sent(t, images.device) if cfg.objective == "eps" else t  # §2.1 reads its t on the CPU
     return Batch(x0, y, t, sent(eps, images.device))
-
-
-def sent(tensor, device):
-    """A CPU tensor on its way to the device.
-
-    Nobody waits for a GPU to receive it, so the CPU draws a batch while the step before it runs.
-    """
-    on_gpu = device.type == "cuda"
-    return (tensor.pin_memory() if on_gpu else tensor).to(device, non_blocking=on_gpu)
 
 
 # ---------------------------------------- which images

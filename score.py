@@ -251,22 +251,22 @@ def score_matching(process, T, model, x0, y, t, eps, target):
 
     model   (x_t, t, y) -> like x_0: a network that is asked for `target`: eps, x0, or
             v = a eps - std x_0
-    t       (B,), real numbers of steps in 1..T; the process has its (a, std) at t / T
+    t       (B,) on the CPU, real numbers of steps in 1..T; the process has its (a, std) at t / T
     eps     like x_0, N(0, I)
     An NCSN of noise level sigma = std / a is the same network, fed with x / sqrt(1 + sigma^2).
     """
     a, std = zip(*(process.marginal(float(steps) / T) for steps in t))
     a, std = per_image(a, x0), per_image(std, x0)
     xt = a * x0 + std * eps
-    t = t.to(xt.device, torch.float32)  # Apple's MPS has no float64, and the network needs none
+    t = diffusion.sent(t.float(), xt.device)  # Apple's MPS has no float64; the network needs none
     answer = model(xt, t, y).to(x0.dtype)
     return (diffusion.eps_from(target, answer, xt, a, std) - eps).square().mean()
 
 
 def per_image(numbers, x):
     """One number for each image, ready to multiply x: (B, 1, 1, 1), of x's dtype and device."""
-    column = torch.tensor(numbers, dtype=torch.float64).to(x.device, x.dtype)
-    return column.reshape(-1, *[1] * (x.ndim - 1))
+    column = torch.tensor(numbers, dtype=torch.float64).to(x.dtype)
+    return diffusion.sent(column, x.device).reshape(-1, *[1] * (x.ndim - 1))
 
 
 # ---------------------------------------- samplers

@@ -142,20 +142,27 @@ META = torch.device("meta")
 
 
 @pytest.mark.parametrize("target", ["eps", "v", "x0"])
-def test_a_step_waits_for_no_copy_and_reads_nothing_back(target, monkeypatch):
-    """Rows, t and eps go to the device by `sent`, which does not wait; nothing else goes there."""
-    cfg, sent = tiny(noises=2, target=target, augment=1.0), []
+@pytest.mark.parametrize("objective", ["eps", "ncsn", "vp"])
+def test_a_step_waits_for_no_copy_and_reads_nothing_back(objective, target, monkeypatch):
+    """All that goes to the device goes by `sent`, which does not wait: rows, t, eps, coefficients.
+
+    By Eq. (7) and by §2.1's losses, whose coefficients come from the CPU.
+    """
+    cfg, sent = tiny(noises=2, target=target, augment=1.0, objective=objective), []
     images, masks = (torch.empty(8, 1, 16, 16, dtype=torch.uint8, device=META) for _ in range(2))
-    exact = batches.sent
-    monkeypatch.setattr(batches, "sent", lambda x, device: sent.append(x) or exact(x, device))
+    exact = diffusion.sent
+    for module in (batches, diffusion):
+        monkeypatch.setattr(module, "sent", lambda x, device: sent.append(x) or exact(x, device))
     model, loss = config.without_memory(cfg), train.loss_of(cfg)
     diffusion.schedule(cfg.T, cfg.shift, META)
     with Copies() as copies:
         batch = batches.batch(cfg, 1, images, masks)
-        assert copies.count == len(sent) == 4  # rows, augmentation, t, eps
+        whole = 4 if objective == "eps" else 3  # rows, augmentation, eps; t of Eq. (7)
+        assert copies.count == len(sent) == whole
         for part, _ in batch.parts(3):
             loss(model, part).backward()
-    assert copies.count == 4
+    in_parts = 0 if objective == "eps" else 2 * 3  # a, std and t of each
+    assert copies.count == len(sent) == whole + in_parts
 
 
 class NoFloat64(TorchDispatchMode):
