@@ -165,9 +165,6 @@ def config_of(settings):
         wrong = type(value) not in kinds and (name, value) != ("cond", None)
         wrong = wrong or field.type is float and not math.isfinite(value)
         config.refuse(wrong, f"{name} cannot be {value!r}")
-    levels = cfg.channel_mult + cfg.attention_levels
-    wrong = len(levels) > 32 or any(type(n) is not int or not 0 <= n <= 64 for n in levels)
-    config.refuse(wrong, f"channel_mult and attention_levels cannot be {levels}")
     alone = cfg.task == "synthesis" or cfg.model in config.baselines.U_NETS
     wrong = alone != (cfg.cond is None) or cfg.task == "synthesis" and cfg.supervised
     config.refuse(wrong, f"cond cannot be {cfg.cond} for {cfg.task} by {cfg.model}")

@@ -557,6 +557,22 @@ def test_a_run_that_another_process_went_on_with_meanwhile_is_not_rewound(lung_r
     assert state_of(lung_run)["step"] == 4 and (lung_run / "log.jsonl").read_bytes() == before
 
 
+def test_a_new_run_does_not_take_the_folder_of_one_that_began_meanwhile(
+    go, finished_run, tmp_path, monkeypatch, capsys
+):
+    """The folder is free, then another process trains there and ends, then the lock is free."""
+    load = runs.load_splits
+
+    def meanwhile(*args):
+        shutil.copytree(finished_run, tmp_path / "run")
+        return load(*args)
+
+    monkeypatch.setattr(runs, "load_splits", meanwhile)
+    status, folder = go("--task lung --seed 1")
+    assert status == 2 and f"{folder} holds a run already; " in capsys.readouterr().err
+    assert contents_of(folder) == contents_of(finished_run)
+
+
 @pytest.mark.parametrize("name", ["config.json", "table.md", "notes.txt", ".git"])
 def test_a_folder_of_other_files_is_no_run_folder(go, tmp_path, capsys, name):
     """Also where their names are those of a run's files: nothing is overwritten."""
