@@ -7,10 +7,10 @@ r"""Use a trained run: draw X-rays from noise (§3), or find the masks of your o
     python sample.py runs/lung-unet-0 --images a.png      a supervised network's mask, in one pass
     python sample.py runs/lung-add-0/best.pt --images a.png --masks a-true.png    and its scores
 
-RUN is a run folder of train.py (its last.pt) or a checkpoint file. X-rays are gray image files of
-any size, of 8 or 16 bits (16 bits: 0..65535 is black to white). The network sees them squeezed to
-its own square, as in training. Masks have the X-ray's own size. Files of an X-ray NAME.png, in
-<RUN folder>/samples or --out DIR:
+RUN is a run folder of train.py (its last.pt, which its tables are about) or a checkpoint file, such
+as best.pt, which validation chose. X-rays are gray image files of any size, of 8 or 16 bits (16
+bits: 0..65535 is black to white). The network sees them squeezed to its own square, as in training.
+Masks have the X-ray's own size. Files of an X-ray NAME.png, in <RUN folder>/samples or --out DIR:
 
     NAME-mask.png           0 outside, 255 inside: where the ensemble's mean is above 0 of [-1, 1]
     NAME-overlay.png        the outline of the mask on the X-ray, and of the true mask with --masks
