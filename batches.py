@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 import data
 import score
-from diffusion import Purpose, seed_of, sent
+from diffusion import Purpose, seed_of
+from score import sent
 
 
 class Batch(NamedTuple):

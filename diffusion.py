@@ -83,15 +83,6 @@ def schedule(T, shift=1.0, device="cpu"):
     return s if torch.device(device).type == "mps" else Schedule(*(v.to(device) for v in s))
 
 
-def sent(tensor, device):
-    """A CPU tensor on its way to the device.
-
-    Nobody waits for a GPU to receive it, so the CPU draws a batch while the step before it runs.
-    """
-    on_gpu = device.type == "cuda"
-    return (tensor.pin_memory() if on_gpu else tensor).to(device, non_blocking=on_gpu)
-
-
 def at(v, t, x):
     """v[t] for each image of the batch, ready to multiply x.
 

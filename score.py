@@ -258,7 +258,7 @@ def score_matching(process, T, model, x0, y, t, eps, target):
     a, std = zip(*(process.marginal(float(steps) / T) for steps in t))
     a, std = per_image(a, x0), per_image(std, x0)
     xt = a * x0 + std * eps
-    t = diffusion.sent(t.float(), xt.device)  # Apple's MPS has no float64; the network needs none
+    t = sent(t.float(), xt.device)  # Apple's MPS has no float64; the network needs none
     answer = model(xt, t, y).to(x0.dtype)
     return (diffusion.eps_from(target, answer, xt, a, std) - eps).square().mean()
 
@@ -266,7 +266,16 @@ def score_matching(process, T, model, x0, y, t, eps, target):
 def per_image(numbers, x):
     """One number for each image, ready to multiply x: (B, 1, 1, 1), of x's dtype and device."""
     column = torch.tensor(numbers, dtype=torch.float64).to(x.dtype)
-    return diffusion.sent(column, x.device).reshape(-1, *[1] * (x.ndim - 1))
+    return sent(column, x.device).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def sent(tensor, device):
+    """A CPU tensor on its way to the device.
+
+    Nobody waits for a GPU to receive it, so the CPU draws a batch while the step before it runs.
+    """
+    on_gpu = device.type == "cuda"
+    return (tensor.pin_memory() if on_gpu else tensor).to(device, non_blocking=on_gpu)
 
 
 # ---------------------------------------- samplers

@@ -20,6 +20,7 @@ import devices
 import diffusion
 import evaluate
 import runs
+import score
 import train
 import unet
 from console import UserError
@@ -150,8 +151,8 @@ def test_a_step_waits_for_no_copy_and_reads_nothing_back(objective, target, monk
     """
     cfg, sent = tiny(noises=2, target=target, augment=1.0, objective=objective), []
     images, masks = (torch.empty(8, 1, 16, 16, dtype=torch.uint8, device=META) for _ in range(2))
-    exact = diffusion.sent
-    for module in (batches, diffusion):
+    exact = score.sent
+    for module in (batches, score):
         monkeypatch.setattr(module, "sent", lambda x, device: sent.append(x) or exact(x, device))
     model, loss = config.without_memory(cfg), train.loss_of(cfg)
     diffusion.schedule(cfg.T, cfg.shift, META)
