@@ -322,7 +322,8 @@ def tree_folder(root, task):
         if all((place / split).is_dir() for split in SPLITS):
             return place
     looked_in = f"looked for {', '.join(SPLITS)} in {', '.join(map(str, places))}"
-    raise UserError(f"{root}: no data for {task}: {looked_in}")
+    why = looked_in if root.is_dir() else "there is no such folder"
+    raise UserError(f"{root}: no data for {task}: {why}")
 
 
 def ordered_classes(task, classes):

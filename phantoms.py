@@ -420,7 +420,7 @@ def find_data(cfg, given):
     root, drawn = root_of(cfg, given)
     if given is None and root == PHANTOMS:
         if not cfg.data:
-            homes = " and ".join(map(str, DATA_HOMES))
+            homes = " and ".join(dict.fromkeys(str(home.resolve()) for home in DATA_HOMES))
             console.message(
                 f"No X-rays found: COVID-QU-Ex is looked for in {homes}. It can be had from Kaggle "
                 "(anasmohammedtahir/covidqu); unpack it there, or name its folder with --data. "

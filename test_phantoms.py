@@ -91,6 +91,11 @@ def test_phantoms_are_drawn_where_nothing_was_asked_for_and_never_take_the_place
     assert found == RunConfig(data=str(tmp_path)) and drawn == ["lung"]
     searched = f"COVID-QU-Ex is looked for in {tmp_path / 'a'} and {tmp_path / 'b'}. "
     assert capsys.readouterr().out.startswith(f"No X-rays found: {searched}")
+    monkeypatch.setattr(phantoms, "DATA_HOMES", (tmp_path / "a", Path("a")))  # where this file is
+    monkeypatch.chdir(tmp_path)
+    phantoms.find_data(RunConfig(data="", phantoms=False), None)
+    assert f"is looked for in {tmp_path / 'a'}. It can be had" in capsys.readouterr().out
+    assert drawn.pop() == "lung"
     other_task = RunConfig(data=str(tmp_path), task="infection")
     assert phantoms.find_data(other_task, None) == other_task and drawn == ["lung", "infection"]
     assert capsys.readouterr().out == ""
