@@ -45,7 +45,7 @@ import phantoms
 import runs
 import train
 import unet
-from console import Parser, UserError, exit_status, fits, message, progress_line
+from console import Parser, UserError, exit_status, fits, message, path_of, progress_line
 from devices import peak_memory
 
 CPU = torch.device("cpu")
@@ -534,7 +534,7 @@ def parse(argv):
     p.add_argument("--gains", action="store_true", help="measure what each choice is worth")
     p.add_argument("--scaling", action="store_true", help="measure how time and memory grow")
     p.add_argument("--decode", **count, help="measure decoding of N X-rays and masks")
-    p.add_argument("--out", metavar="FILE", help="write the numbers there, as JSON")
+    p.add_argument("--out", type=path_of, metavar="FILE", help="write the numbers there, as JSON")
     return p.parse_args(argv)
 
 

@@ -9,14 +9,14 @@ The defaults are report and report where there is an NVIDIA GPU, small and best 
 
 import argparse
 import dataclasses
-import math
+import difflib
 
 import torch
 
 import baselines
 import devices
 import diffusion
-from console import Parser, UserError
+from console import Parser, UserError, path_of
 from data import CLASSES, DEFAULT_CLASSES
 from unet import CONDITIONINGS, ConditionalUNet, begin_as_addition
 
@@ -41,7 +41,7 @@ def setting(default, words, section="", group=None, cases=None, about="", **rule
     group    of the help, for a flag; None: reached by --set
     cases    {words: value}: the default of a run that has all these words (words_of); last wins
     about    "diffusion", or "network" for the report's own: a model without it refuses the setting
-    rules    choices, least, most, above, below: see broken_rule
+    rules    choices, or least and most: see broken_rule
     """
     facts = dict(words=words, section=section, group=group, cases=cases or {}, about=about)
     return dataclasses.field(default=default, metadata=facts | dict(rules=rules))
@@ -66,9 +66,9 @@ class Config:
     target: str = setting("eps", "what the network predicts", "Eq. (7)", LEARN,
                           {"best": "v"}, "diffusion", choices=diffusion.TARGETS)
     shift: float = setting(1.0, "signal-to-noise ratio times shift^2; below 1: more noise",
-                           "arXiv 2301.10972", None, {}, "diffusion", above=0)
+                           "arXiv 2301.10972", None, {}, "diffusion", least=1e-3, most=1000)
     t_power: float = setting(1.0, "t has density t^(t_power - 1); 1: uniform", "Eq. (7)", None,
-                             {"best masks": 4.0}, "diffusion", above=0)
+                             {"best masks": 4.0}, "diffusion", least=0.01, most=100)
     noises: int = setting(1, "noisy copies of each image; its X-ray is embedded once", "", None,
                           {"best masks": 2}, "diffusion", least=1, most=1000)
     T: int = setting(1000, "diffusion steps", "§3.2", about="network", least=1, most=10**6)
@@ -81,19 +81,21 @@ class Config:
 
     steps: int = setting(0, "gradient steps, instead of epochs", "§4.4, §4.5", TRAINING,
                          {"small synthesis": 1500, "small lung": 500, "small infection": 1000},
-                         least=0)
+                         least=0, most=10**12)
     epochs: float = setting(100.0, "passes over the training images, instead of steps",
-                            "§4.4, §4.5", TRAINING, {"infection": 2400.0}, above=0)
-    batch_size: int = setting(512, "images a step", "§4.4", TRAINING, {"small": 16}, least=1)
-    lr: float = setting(3e-3, "learning rate of AdamW", "§4.4", TRAINING, above=0)
+                            "§4.4, §4.5", TRAINING, {"infection": 2400.0}, least=1e-3, most=10**6)
+    batch_size: int = setting(512, "images a step", "§4.4", TRAINING, {"small": 16},
+                              least=1, most=10**6)
+    lr: float = setting(3e-3, "learning rate of AdamW", "§4.4", TRAINING, least=1e-9, most=100)
     lr_decay: str = setting("none", "after the warm-up; cosine: to 0", "", None,
                             {"best": "cosine"}, choices=("none", "cosine"))
-    warmup: int = setting(200, "steps of linear warm-up; 0: none", "", None, {"small": 50}, least=0)
-    max_grad_norm: float = setting(1.0, "largest norm of the gradient; 0: no limit", least=0)
-    weight_decay: float = setting(0.01, "of AdamW", least=0)
+    warmup: int = setting(200, "steps of linear warm-up; 0: none", "", None, {"small": 50},
+                          least=0, most=10**12)
+    max_grad_norm: float = setting(1.0, "largest gradient norm; 0: no limit", least=0, most=10**6)
+    weight_decay: float = setting(0.01, "of AdamW", least=0, most=100)
     ema: float = setting(0.999, "decay of the averaged weights, which are evaluated; 0: none", "",
-                         None, {"small": 0.995}, least=0, below=1)
-    seed: int = setting(0, "of weights, order and noise", "", TRAINING, least=0, below=2**63)
+                         None, {"small": 0.995}, least=0, most=0.999999999)
+    seed: int = setting(0, "of weights, order and noise", "", TRAINING, least=0, most=2**32 - 1)
 
     channels: int = setting(192, "width of the first level", "§3.2", least=2, most=4096,
                             cases={"small": 16, "published": 64, "small published": 32})
@@ -115,20 +117,20 @@ class Config:
     sampler: str = setting("ddim", "how samples are drawn", "§2, §2.1, §3.2", SAMPLING,
                            {"ncsn": "langevin"}, "diffusion", choices=SAMPLERS)
     ddim_steps: int = setting(50, "passes of the network a sample, by any sampler but ddpm", "§3.2",
-                              SAMPLING, {"best masks ddim": 2, "ncsn": 101}, "diffusion", least=1)
+                              SAMPLING, {"best masks ddim": 2, "ncsn": 101}, "diffusion")
     eta: float = setting(0.0, "fresh noise in DDIM; 0: only x_T is random", "[18]",
                          about="diffusion", least=0, most=1)
     ensemble: int = setting(1, "masks averaged for one X-ray", "§4.3, [1]", SAMPLING,
                             about="diffusion", least=1, most=1000)
     eval_images: int = setting(512, "images of train and of validation an evaluation samples",
-                               "§4.3", SAMPLING, {"small": 64}, least=2)
-    evaluations: int = setting(10, "in a run", "§4.3", None, {"small": 2}, least=1)
-    eval_every: int = setting(0, "steps between them; 0: what evaluations gives", least=0)
+                               "§4.3", SAMPLING, {"small": 64}, least=2, most=10**6)
+    evaluations: int = setting(10, "in a run", "§4.3", None, {"small": 2}, least=1, most=10**6)
+    eval_every: int = setting(0, "steps between them; 0: by evaluations", least=0, most=10**12)
 
     precision: str = setting("fp32", "bf16: autocast, the parameters stay float32", "", MACHINE,
                              {"fast bf16": "bf16"}, choices=("bf16", "fp32"))
     micro_batch: int = setting(0, "images a forward pass, or auto: what fits; same gradient", "",
-                               MACHINE, least=0)
+                               MACHINE, least=0, most=10**6)
     plan: str = setting("plain", "layout or compiler of the step; the same numbers to rounding",
                         choices=("plain", "channels-last", "compiled"))
 
@@ -159,13 +161,14 @@ def parse(argv, description=None):
     p = Parser("train.py", description=description, formatter_class=formatter)
     titles = (LEARN, IMAGES, TRAINING, SAMPLING, MACHINE, RUN)
     add = {title: p.add_argument_group(title).add_argument for title in titles}
-    add[IMAGES]("--data", metavar="DIR", help="COVID-QU-Ex; default ./COVID-QU-Ex, else phantoms")
+    path = dict(type=path_of, metavar="DIR")
+    add[IMAGES]("--data", **path, help="COVID-QU-Ex; default ./COVID-QU-Ex, else phantoms")
     for name in FLAGS:
         add[SETTINGS[name].metadata["group"]](flag(name), **argument(SETTINGS[name]))
     add[SAMPLING]("--test", action="store_true", help="evaluate the Test split too, at the end")
     add[MACHINE]("--device", help="cuda, mps or cpu; default: the best there is")
-    add[RUN]("--out", metavar="DIR", help="run folder; default runs/<what it learns>-<seed>")
-    add[RUN]("--resume", metavar="RUN", help="go on with a run, or evaluate it in another way")
+    add[RUN]("--out", **path, help="run folder; default runs/<what it learns>-<seed>")
+    add[RUN]("--resume", type=path_of, metavar="RUN", help="go on with a run, or evaluate it anew")
     add[RUN]("--dry-run", action="store_true", help="print settings, sizes and time, and stop")
     names = f"one of {', '.join(BY_SET)}"
     add[RUN]("--set", nargs="+", action="extend", metavar="NAME=VALUE", help=names)
@@ -205,7 +208,9 @@ def settings_given(args):
         name, equals, value = text.partition("=")
         refuse(name in FLAGS, f"--set {name} has a flag of its own: {flag(name)} {value}")
         rule = f"--set takes NAME=VALUE with a name of {', '.join(BY_SET)}"
-        refuse(not equals or name not in BY_SET, f"{rule}; got {text}")
+        close = "".join(difflib.get_close_matches(name, BY_SET, 1))
+        hint = f"; did you mean {close}=VALUE?" if close else ""
+        refuse(not equals or name not in BY_SET, f"{rule}; got {text}{hint}")
         given[name] = converted(name, value)
     return given
 
@@ -297,18 +302,12 @@ def refuse_foreign(given, model):
             raise UserError(f"{rule}, got {value}")
 
 
-def broken_rule(value, choices=None, least=None, most=None, above=None, below=None):
+def broken_rule(value, choices=None, least=None, most=None):
     """The rule of a setting that its value breaks, in words; None if it keeps all of them."""
     if choices is not None and value not in choices:
         return f"must be one of {', '.join(choices)}"
-    if most is not None and not least <= value <= most:
+    if least is not None and not least <= value <= most:
         return f"must be between {least} and {most}"
-    if least is not None and not value >= least:
-        return f"must be at least {least}"
-    if above is not None and not above < value < math.inf:
-        return f"must be above {above} and finite"
-    if below is not None and not value < below:
-        return f"must be below {below}"
     return None
 
 
@@ -319,6 +318,10 @@ def check(cfg):
         if value is not None and (rule := broken_rule(value, **field.metadata["rules"])):
             raise UserError(f"{flag(name)} {rule}, got {value}")
 
+    levels = cfg.channel_mult + cfg.attention_levels
+    wrong = len(levels) > 32 or any(type(n) is not int or not 0 <= n <= 64 for n in levels)
+    rule = "--set channel_mult and attention_levels are at most 32 numbers from 0 to 64"
+    refuse(wrong, f"{rule}, got {', '.join(map(str, levels))}")
     synthesis, cond, sampler = cfg.task == "synthesis", cfg.cond, cfg.sampler
     rule = "--ensemble averages masks; --task synthesis has none"
     refuse(synthesis and cfg.ensemble > 1, f"{rule}, got {cfg.ensemble}")
@@ -334,9 +337,8 @@ def check(cfg):
         rule = f"--image-size must be divisible by {shrinks} for --model {cfg.model}"
         refuse(cfg.image_size % shrinks, f"{rule}, got {cfg.image_size}")
     least, passes = LEAST_PASSES.get(sampler, 1), cfg.ddim_steps
-    rule = f"--ddim-steps must be at least {least} for --sampler {sampler}"
-    refuse(passes < least, f"{rule}, got {passes}")
-    refuse(passes > cfg.T, f"--ddim-steps must be at most T = {cfg.T}, got {passes}")
+    rule = f"--ddim-steps must be between {least} and T = {cfg.T} for --sampler {sampler}"
+    refuse(not least <= passes <= cfg.T, f"{rule}, got {passes}")
     rule = f"--set eta is about --sampler ddim, got {cfg.eta} for --sampler {sampler}"
     refuse(cfg.eta and sampler != "ddim", rule)
     found, unknown = ", ".join(cfg.classes), set(cfg.classes) - set(CLASSES)
@@ -362,7 +364,7 @@ def from_dict(settings):
 def build_model(cfg):
     """The network of a configuration, with fresh weights that depend on its seed alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
+        torch.manual_seed(cfg.seed)  # its low 32 bits; cfg.seed has no others
         if cfg.model in baselines.U_NETS:
             return baselines.U_NETS[cfg.model](cfg.channels)
         net = ConditionalUNet(

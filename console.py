@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import torch
 
@@ -29,6 +30,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def path_of(text):
+    """A path of the command line, as text; what is not there already may begin with ~, the home."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"must be a path, got {text!r}")
+    try:
+        return text if os.path.exists(text) else str(Path(text).expanduser())
+    except RuntimeError as e:
+        raise argparse.ArgumentTypeError(f"{text}: {e}") from e
 
 
 def out_of_memory(error):

@@ -129,6 +129,24 @@ def lines_of(path):
     return Path(path).read_text().splitlines() if Path(path).is_file() else []
 
 
+def shortage(network, cfg, device):
+    """What a run takes at the least and what is free, in words; None where that fits.
+
+    Weights, gradient, AdamW's two moments and EMA are 20 bytes a number. A step holds its batch,
+    an evaluation the noise and the masks of an ensemble, in float32.
+    """
+    free, weights = free_memory(device), 20 * sum(p.numel() for p in network.parameters())
+    copies = 2 if cfg.supervised else 1 + cfg.noises
+    images = max(cfg.batch_size * copies, 2 * cfg.ensemble) * 4 * cfg.image_size**2
+    if free is None or weights + images <= free:
+        return None
+    batch = f"--batch-size {cfg.batch_size}, --image-size {cfg.image_size}"
+    batch += f", --set noises={cfg.noises}, --ensemble {cfg.ensemble}"
+    numbers = f"weights and optimiser take {weights / 1e9:.1f} GB (--set channels={cfg.channels})"
+    numbers += f", images at least {images / 1e9:.1f} GB ({batch})"
+    return f"{numbers}; {free / 1e9:.1f} GB are free"
+
+
 def kept_for_backward(model, cfg, device):
     """Bytes of activations that autograd keeps for each image of a batch.
 

@@ -21,7 +21,7 @@ import data
 import diffusion
 import metrics
 import score
-from console import Parser, UserError, exit_status, message, passes_line
+from console import Parser, UserError, exit_status, message, passes_line, path_of
 from devices import autocast, cast_once, divided_among_processes, in_chunks, world
 
 EVAL_SEED = 0  # chooses the images that are evaluated and their x_T, the same in every run (§4.3)
@@ -410,9 +410,8 @@ def parse(argv):
     """The command line -> argparse.Namespace."""
     formatter = argparse.RawDescriptionHelpFormatter
     p = Parser("evaluate.py", description=__doc__, formatter_class=formatter)
-    p.add_argument(
-        "results", nargs="+", metavar="FILE", help="results.json of a run that has masks"
-    )
+    words = "results.json of a run that has masks"
+    p.add_argument("results", type=path_of, nargs="+", metavar="FILE", help=words)
     return p.parse_args(argv)
 
 

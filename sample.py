@@ -42,11 +42,11 @@ import evaluate
 import metrics
 import runs
 from config import refuse
-from console import Parser, UserError, exit_status, message, passes_line, progress_line
+from console import Parser, UserError, exit_status, message, passes_line, path_of, progress_line
 
 CHANGEABLE = ("sampler", "ddim_steps", "ensemble")  # settings of the run that a flag replaces
 MOST_MEMBERS = 64  # of an ensemble: those of one X-ray go through the network together
-DRAWN, GRID = 16, 64  # X-rays that are drawn without -n; X-rays in samples.png
+DRAWN, MOST_DRAWN, GRID = 16, 10**6, 64  # X-rays without -n; with -n; in samples.png
 
 # ---------------------------------------- the command line
 
@@ -55,9 +55,9 @@ def parse(argv):
     """The command line -> argparse.Namespace; what was not given is None."""
     formatter = argparse.RawDescriptionHelpFormatter
     p = Parser("sample.py", description=__doc__, formatter_class=formatter)
-    p.add_argument("run", metavar="RUN", help="run folder of train.py, or its last.pt or best.pt")
+    p.add_argument("run", type=path_of, metavar="RUN", help="run folder, its last.pt or best.pt")
     p.add_argument("-n", type=int, metavar="N", help=f"synthesis: X-rays to draw; default {DRAWN}")
-    files = dict(nargs="+", metavar="FILE")
+    files = dict(type=path_of, nargs="+", metavar="FILE")
     p.add_argument("--images", **files, help="X-rays to segment with a lung or infection run")
     p.add_argument("--masks", **files, help="their true masks, in the same order, to score with")
     for name in CHANGEABLE:
@@ -66,7 +66,7 @@ def parse(argv):
         p.add_argument(config.flag(name), **config.argument(field) | dict(help=words))
     seed = dict(type=int, default=evaluate.EVAL_SEED)
     p.add_argument("--seed", **seed, help="of the noise; default %(default)s")
-    p.add_argument("--out", metavar="DIR", help="folder to write to; default <RUN folder>/samples")
+    p.add_argument("--out", type=path_of, metavar="DIR", help="default <RUN folder>/samples")
     p.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
     return p.parse_args(argv)
 
@@ -85,7 +85,8 @@ def check_flags(args, task):
     images, masks = len(args.images or ()), len(args.masks or ())
     rule = f"--masks must be as many as --images, got {masks} for {images}"
     refuse(masks not in (0, images), rule)
-    refuse(args.n is not None and args.n < 1, f"-n must be at least 1, got {args.n}")
+    rule = f"-n must be between 1 and {MOST_DRAWN}, got {args.n}"
+    refuse(args.n is not None and not 1 <= args.n <= MOST_DRAWN, rule)
     rule = f"--seed must be between 0 and 2^63 - 1, got {args.seed}"
     refuse(not 0 <= args.seed < 2**63, rule)
     members = 1 if args.ensemble is None else args.ensemble

@@ -36,7 +36,7 @@ import probes
 import runs
 import train
 from config import refuse
-from console import Parser, exit_status, message, progress_line
+from console import Parser, exit_status, message, path_of, progress_line
 from diffusion import Purpose
 
 # ---------------------------------------- anomaly maps [12]
@@ -243,16 +243,16 @@ def parse(argv):
     formatter = argparse.RawDescriptionHelpFormatter
     p = Parser("studies.py", description=__doc__, formatter_class=formatter)
     p.add_argument("study", choices=("anomalies", "labels"))
-    p.add_argument("run", metavar="RUN", help="folder of a synthesis run")
+    p.add_argument("run", type=path_of, metavar="RUN", help="folder of a synthesis run")
     task = dict(choices=("lung", "infection"), default="infection")
     p.add_argument("--task", **task, help="labels: what the masks show; default %(default)s")
     number, counts = dict(type=int, metavar="N"), dict(nargs="+", default=[5, 10, 20, 50])
     p.add_argument("--labels", **number, **counts, help="numbers of labelled images")
     p.add_argument("--draws", **number, default=5, help="how often these images are drawn anew")
     p.add_argument("--images", **number, default=64, help="of validation, at most")
-    p.add_argument("--data", metavar="DIR", help="COVID-QU-Ex; default: the folder of the run")
+    p.add_argument("--data", type=path_of, metavar="DIR", help="COVID-QU-Ex; default: the run's")
     p.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
-    p.add_argument("--out", metavar="FILE", help="write all numbers there as JSON")
+    p.add_argument("--out", type=path_of, metavar="FILE", help="write all numbers there as JSON")
     return p.parse_args(argv)
 
 

@@ -793,7 +793,7 @@ REFUSALS = [
     ("--rounds 0", "--rounds must be at least 1, got 0"),
     ("--decode 0", "--decode must be at least 1, got 0"),
     ("--channels 6", "head_channels must divide"),
-    ("--batch-size 0", "--batch-size must be at least 1, got 0"),
+    ("--batch-size 0", "--batch-size must be between 1 and 1000000, got 0"),
     ("--device abacus", "--device must be cuda, mps or cpu, got abacus"),
     ("--out no/such/folder/b.json", "--out must be a file in a folder that exists, got no/such"),
 ]

@@ -229,7 +229,7 @@ REFUSALS = [
         "--task lung --cond add --set stem=add",
         "--set stem=add is about --cond concat, got --cond add",
     ),
-    ("--task lung --set shift=0", "--set shift must be above 0 and finite, got 0.0"),
+    ("--task lung --set shift=0", "--set shift must be between 0.001 and 1000, got 0.0"),
     ("--task lung --set rrdbs=0", "--set rrdbs must be between 1 and 64, got 0"),
     ("--task lung --steps 4 --epochs 1", "--steps and --epochs say the same thing twice; give one"),
     ("--task lung --steps 0", "--steps must be at least 1, got 0"),
@@ -239,15 +239,15 @@ REFUSALS = [
     ),
     (
         "--task lung --sampler langevin --ddim-steps 5",
-        "--ddim-steps must be at least 11 for --sampler langevin, got 5",
+        "--ddim-steps must be between 11 and T = 1000 for --sampler langevin, got 5",
     ),
     (
         "--task lung --sampler sde --set eta=1",
         "--set eta is about --sampler ddim, got 1.0 for --sampler sde",
     ),
-    ("--task lung --batch-size 0", "--batch-size must be at least 1, got 0"),
-    ("--task lung --lr nan", "--lr must be above 0 and finite, got nan"),
-    ("--task lung --set ema=1", "--set ema must be below 1, got 1.0"),
+    ("--task lung --batch-size 0", "--batch-size must be between 1 and 1000000, got 0"),
+    ("--task lung --lr nan", "--lr must be between 1e-09 and 100, got nan"),
+    ("--task lung --set ema=1", "--set ema must be between 0 and 0.999999999, got 1.0"),
     ("--task lung --set augment=3", "--set augment must be between 0 and 2, got 3.0"),
     (
         "--task synthesis --set augment=1",
@@ -255,14 +255,24 @@ REFUSALS = [
         "--task synthesis would learn to draw the moves, got 1.0",
     ),
     ("--task lung --set eta=1.5", "--set eta must be between 0 and 1, got 1.5"),
-    ("--task lung --ddim-steps 1001", "--ddim-steps must be at most T = 1000, got 1001"),
+    (
+        "--task lung --ddim-steps 1001",
+        "--ddim-steps must be between 1 and T = 1000 for --sampler ddim, got 1001",
+    ),
     ("--task lung --image-size 20", "image_size must be divisible by 8 for 4 levels, got 20"),
     (
         "--task lung --size small --set channels=6",
         "--set channels=6, --image-size 64: head_channels must divide the 24 channels",
     ),
-    ("--task lung --lr inf", "--lr must be above 0 and finite, got inf"),
-    (f"--task lung --seed {2**64}", f"--seed must be below {2**63}, got {2**64}"),
+    ("--task lung --lr inf", "--lr must be between 1e-09 and 100, got inf"),
+    (f"--task lung --seed {2**32}", f"--seed must be between 0 and {2**32 - 1}, got {2**32}"),
+    ("--task lung --epochs 1e308", "--epochs must be between 0.001 and 1000000, got 1e+308"),
+    ("--task lung --set t_power=1e308", "--set t_power must be between 0.01 and 100, got 1e+308"),
+    (
+        "--task lung --set channel_mult=1,1,1,1000000000000",
+        "--set channel_mult and attention_levels are at most 32 numbers from 0 to 64, "
+        "got 1, 1, 1, 1000000000000, ",
+    ),
     (
         "--task lung --classes Covid",
         "--classes must be some of COVID-19, Non-COVID, Normal, got Covid",
@@ -272,12 +282,18 @@ REFUSALS = [
         "--classes needs COVID-19 for --task infection: the masks of the others are blank, "
         "got Normal",
     ),
-    ("--task lung --data /no/such/folder", "/no/such/folder"),
+    (
+        "--task lung --data /no/such/folder",
+        "/no/such/folder: no data for lung: there is no such folder",
+    ),
     ("--task lung --device quantum", "--device must be cuda, mps or cpu, got quantum"),
     ("--task lung --device meta", "--device must be cuda, mps or cpu, got meta"),
     ("--task bone", "argument --task: invalid choice: 'bone'"),
     ("--resume /no/such/run", "/no/such/run"),
-    ("--task lung --set emma=0", f"--set takes NAME=VALUE with a name of {NAMES}; got emma=0"),
+    (
+        "--task lung --set emma=0",
+        f"--set takes NAME=VALUE with a name of {NAMES}; got emma=0; did you mean ema=VALUE?",
+    ),
     ("--task lung --set ema", f"--set takes NAME=VALUE with a name of {NAMES}; got ema"),
     ("--task lung --set data=x", f"--set takes NAME=VALUE with a name of {NAMES}; got data=x"),
     ("--task lung --set batch_size=4", "--set batch_size has a flag of its own: --batch-size 4"),
@@ -298,6 +314,24 @@ def test_bad_input_gets_one_line_and_exit_status_2(go, capsys, words, message):
     error = capsys.readouterr().err
     assert status == 2 and message in error
     assert error.count("\n") == 1 and error.startswith("train.py: error: ")
+
+
+def test_no_number_is_without_bounds_and_none_is_infinite():
+    """The passes have a rule of their own: they are at most T."""
+    for name, field in SETTINGS.items():
+        if field.type in (int, float) and name != "ddim_steps":
+            for word in ("1e308", "-1e308", "inf", "nan", "1e-320", "-1e-320"):
+                rule = config.broken_rule(float(word), **field.metadata["rules"])
+                zero = word == "1e-320" and field.metadata["rules"]["least"] == 0
+                assert zero or rule.startswith("must be between "), (name, word)
+
+
+def test_no_two_seeds_give_the_same_weights():
+    """torch's generator reads 32 bits of a seed: there are no more."""
+    most = config.SETTINGS["seed"].metadata["rules"]["most"]
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, most, most + 1)]
+    first, last, beyond = (torch.rand(4, generator=g) for g in generators)
+    assert torch.equal(first, beyond) and not torch.equal(first, last)
 
 
 # ---------------------------------------- what is shown

@@ -1,5 +1,6 @@
 """What console.py promises: how a command ends, what Ctrl-C does, and what is shown meanwhile."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -85,6 +86,36 @@ def test_a_refused_flag_is_one_line_and_status_2(capsys):
     assert e.value.code == 2
     said = "train.py: error: argument --steps: invalid int value: 'many'\n"
     assert capsys.readouterr() == ("", said)
+
+
+PATHS = ["train --data", "train --out", "train --resume", "evaluate", "benchmark --out", "sample"]
+PATHS += [f"sample run {flag}" for flag in ("--out", "--images", "--masks")]
+PATHS += ["studies labels", "studies labels run --data", "studies labels run --out"]
+
+
+@pytest.mark.parametrize("words", PATHS)
+def test_what_is_no_path_is_refused_by_every_command_that_takes_one(words, capsys):
+    """Empty text, a zero byte, the home of nobody."""
+    program, *words = words.split()
+    for path, rule in (
+        ("", "must be a path, got ''"),
+        ("a\0b", r"must be a path, got 'a\x00b'"),
+        ("~no-such-user/x", "~no-such-user/x: "),
+    ):
+        with pytest.raises(SystemExit) as e:
+            importlib.import_module(program).main([*words, path])
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.count("\n") == 1
+        assert err.startswith(f"{program}.py: error: argument ") and rule in err
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    """But a file whose name begins with ~ is that file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Path("~x.png").touch()
+    assert console.path_of("~/x.png") == str(tmp_path / "x.png")
+    assert console.path_of("~x.png") == "~x.png" and console.path_of("x") == "x"
 
 
 # ---------------------------------------- Ctrl-C

@@ -372,6 +372,34 @@ def test_the_memory_decides_unless_told_and_says_so(monkeypatch):
     assert "cannot be told" in devices.fit_memory(trainer) and trainer.micro_batch == 4
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(noises=3),
+        dict(noises=1, task="synthesis", cond=None),
+        dict(noises=2, model="report-unet"),
+    ],
+    ids=str,
+)
+def test_a_run_is_refused_only_where_less_is_free_than_a_step_holds(changes, monkeypatch):
+    """Weights, gradient, optimiser, EMA and the batch; nothing is refused that would run."""
+    cfg, (images, masks), batch = tiny(**changes), tensors(6), []
+    drawn = batches.batch
+    monkeypatch.setattr(batches, "batch", lambda *a: batch.append(drawn(*a)) or batch[-1])
+    trainer = train.Trainer(cfg, CPU)
+    trainer.train_step(images, masks if cfg.cond else None)
+    held = [*trainer.ema.parameters(), *trainer.optimizer.state.values()]
+    held += [(p, p.grad) for p in trainer.model.parameters()]
+    step = tree_leaves([held, list(batch[0])])
+    free = sum(x.nbytes for x in step if isinstance(x, torch.Tensor))
+    monkeypatch.setattr(devices, "free_memory", lambda device: free)
+    assert devices.shortage(trainer.model, cfg, CPU) is None
+    free *= 0.8
+    assert "GB are free" in devices.shortage(trainer.model, cfg, CPU)
+    free = None
+    assert devices.shortage(trainer.model, cfg, CPU) is None
+
+
 def test_free_memory_is_that_of_the_machine(monkeypatch):
     """MemAvailable of /proc/meminfo in kB, shared by the processes of this machine.
 

@@ -552,6 +552,7 @@ N_IS_SYNTHESIS = "-n draws X-rays from a synthesis run; L is a lung run: give --
 SYNTHESIS_HAS_N = "is about masks; Y is a synthesis run, which draws X-rays: give -n"
 TWO_OF_A_NAME = "would both become L/samples/{}-mask.png; segment them in two calls"
 SEEDS = "--seed must be between 0 and 2^63 - 1, got"
+PASSES = "--ddim-steps must be between 1 and T = 1000 for --sampler ddim, got"
 MENDABLE = {  # arguments -> what the one line says
     "lung": "L is a lung run: give the X-rays to segment with --images FILE...",
     "lung -n 3": N_IS_SYNTHESIS,
@@ -568,8 +569,8 @@ MENDABLE = {  # arguments -> what the one line says
     "lung --images x0 sub/X0": f"x0.png and sub/X0.png {TWO_OF_A_NAME.format('X0')}",
     "lung --images x0 --ensemble 0": "--ensemble must be between 1 and 64, got 0",
     "lung --images x0 --ensemble 65": "--ensemble must be between 1 and 64, got 65",
-    "lung --images x0 --ddim-steps 0": "--ddim-steps must be at least 1, got 0",
-    "lung --images x0 --ddim-steps 1001": "--ddim-steps must be at most T = 1000, got 1001",
+    "lung --images x0 --ddim-steps 0": f"{PASSES} 0",
+    "lung --images x0 --ddim-steps 1001": f"{PASSES} 1001",
     "lung --images x0 --seed -1": f"{SEEDS} -1",
     "lung --images x0 --seed 9223372036854775808": f"{SEEDS} 9223372036854775808",
     "lung --images": "argument --images: expected at least one argument",
@@ -577,7 +578,8 @@ MENDABLE = {  # arguments -> what the one line says
     "synthesis --images x0": f"--images {SYNTHESIS_HAS_N}",
     "synthesis --images x0 --masks m0": f"--images {SYNTHESIS_HAS_N}",
     "synthesis --ensemble 2": f"--ensemble {SYNTHESIS_HAS_N}",
-    "synthesis -n 0": "-n must be at least 1, got 0",
+    "synthesis -n 0": "-n must be between 1 and 1000000, got 0",
+    "synthesis -n 1000000000": "-n must be between 1 and 1000000, got 1000000000",
     "none -n 2": "none.png: no checkpoint there",
     "text -n 2": "text.png: not a checkpoint of train.py, or a damaged one (",
     "damaged -n 2": "damaged.png: not a checkpoint of train.py, or a damaged one (",

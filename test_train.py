@@ -530,6 +530,34 @@ def test_sec21_a_synthesis_run_of_the_sde_is_evaluated_by_eq_7(go, no_pictures):
     assert go("--task synthesis --objective vp")[0] == 0
 
 
+@pytest.mark.parametrize(
+    "words, much",
+    [
+        ("--batch-size 1000000", "images at least 3.1 GB (--batch-size 1000000, --image-size 16, "),
+        ("--set noises=1000 --batch-size 9999", "images at least 10.2 GB (--batch-size 9999, "),
+        ("--ensemble 1000 --image-size 512", "images at least 2.1 GB (--batch-size 4, "),
+        ("--set channels=800", "weights and optimiser take "),
+    ],
+)
+def test_what_the_memory_cannot_hold_is_refused_before_anything_is_done(
+    go, monkeypatch, capsys, tmp_path, words, much
+):
+    """One line with the flags and the numbers. No folder, and no image is decoded."""
+    monkeypatch.setattr(devices, "free_memory", lambda device: 1e9)
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    assert go("--task lung", given=f"{TINY} {words}")[0] == 2
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: error: weights and optimiser take ") and much in err
+    assert err.endswith("; 1.0 GB are free\n") and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_resumed_is_not_weighed_again(lung_run, monkeypatch):
+    """Its numbers are in memory already, and an evaluation has no gradient and no batch."""
+    monkeypatch.setattr(devices, "free_memory", lambda device: 1.0)
+    assert train.main(["--resume", str(lung_run), "--ddim-steps", "1"]) == 0
+
+
 # ---------------------------------------- --dry-run
 
 
@@ -545,8 +573,8 @@ def test_dry_run_prints_the_reports_network_and_starts_nothing(
     assert "  epochs " not in out and "phantoms" not in out
     assert "217,887,553 parameters" in out and "  batch_size       512 " in out
     assert "  lr               0.003 " in out
-    much = "weights and optimiser take 4 GB, 2 GB are free"  # 20 bytes for 218.2 million
-    assert out.endswith(f"  time             not measured: {much}\n")
+    much = "weights and optimiser take 4.4 GB (--set channels=192), "  # 20 bytes for 218.2 million
+    assert f"  time             not measured: {much}" in out and out.endswith("; 2.0 GB are free\n")
     assert not list(tmp_path.iterdir())
 
 

@@ -305,9 +305,7 @@ def dry_run(args, cfg, path, step, device):
     cfg = dataclasses.replace(runs.with_steps(cfg, sizes["Train"]), data="")
     lines = [f"{path} on {device}", config.describe(cfg, words=True), f"  data             {where}"]
     lines.append(runs.describe_sizes(cfg, sizes))
-    room, needed = devices.free_memory(device), 20 * config.parameters(config.without_memory(cfg))
-    if room is not None and room < needed:
-        much = f"weights and optimiser take {needed / 1e9:.0f} GB, {room / 1e9:.0f} GB are free"
+    if much := devices.shortage(config.without_memory(cfg), cfg, device):
         return "\n".join([*lines, f"  time             not measured: {much}"])
     each = seconds_a_step(cfg, device)
     sizes.pop("Test", None)  # it is evaluated once
@@ -320,13 +318,15 @@ def start(args, command):
     """Train the run that the command line asks for. Returns the exit status."""
     device = devices.choose_device(args.device)
     cfg, path, checkpoint = runs.prepare(args, device)
-    config.describe(cfg)  # refuses what cannot be built
     if args.test and cfg.task == "synthesis":
         raise UserError("--test evaluates masks; --task synthesis has none")
     if args.dry_run:
         step = checkpoint["step"] if checkpoint else 0
         message(dry_run(args, cfg, path, step, device))
         return 0
+    if not checkpoint:  # the numbers of a resumed run are in memory already
+        much = devices.shortage(config.without_memory(cfg), cfg, device)
+        config.refuse(much, much)
     cfg, splits = runs.load_splits(args, cfg, checkpoint, path)
     test = {"Test": splits.pop("Test")} if args.test else {}
     processes = f", {devices.world()} processes" if devices.world() > 1 else ""
