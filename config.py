@@ -37,8 +37,7 @@ def setting(default, words, section="", group=None, cases=None, about="", **rule
     """A field of Config.
 
     default  at size report and recipe report
-    words    one line for the help and the dry run; section: where the report or a paper has it
-    group    of the help, for a flag; None: reached by --set
+    words    one line for help and dry run; section of the report; group of the help (None: --set)
     cases    {words: value}: the default of a run that has all these words (words_of); last wins
     about    "diffusion", or "network" for the report's own: a model without it refuses the setting
     rules    choices, or least and most: see broken_rule
@@ -78,6 +77,7 @@ class Config:
     classes: tuple = setting(CLASSES, "which images", "§3.1", IMAGES, DEFAULT_CLASSES)
     image_size: int = setting(64, "side of an image in pixels", "§3.1", IMAGES, least=1, most=4096)
     augment: float = setting(0.0, "strength of the augmentation; 0: none", least=0, most=2)
+    held_out: float = setting(0.0, "share of Train kept to stand for Val", least=0, most=0.5)
 
     steps: int = setting(0, "gradient steps, instead of epochs", "§4.4, §4.5", TRAINING,
                          {"small synthesis": 1500, "small lung": 500, "small infection": 1000},

@@ -403,3 +403,18 @@ def load(root, task, split, classes=None, image_size=64, cache=None, progress=No
         problems.append(f"{tree / split}: {names[i]}: {pair}")
     refuse(problems)
     return Split(pixels[:n], pixels[n:], names)
+
+
+def divided(split, share):
+    """(what a network learns from, what is held out): two Splits. A share of 0.2: every fifth.
+
+    Choices are made on what is held out, so that Val and Test stay unseen.
+    """
+    n = np.floor(np.arange(len(split.names) + 1) * share)
+    out = n[1:] > n[:-1]
+
+    def part(rows):
+        masks = None if split.masks is None else split.masks[rows]
+        return Split(split.images[rows], masks, [split.names[i] for i in np.flatnonzero(rows)])
+
+    return part(~out), part(out)

@@ -356,12 +356,13 @@ def markdown_table(cfg, line, split="Val"):
         return "\n".join([*lines, *(f"| {name} | {line['Val'][name]:.4f} |" for name in names)])
     number = {"lung": 1, "infection": 2}[cfg.task]
     n, m = line["Train"]["images"], line[split]["images"]
+    of = {"Val": "held-out train" if cfg.held_out else "validation"}.get(split, split)
     columns = [
         f"{config.kind_of(cfg, ' masks')}, {what}",
         f"report, Table {number}: addition",
         "report: concatenation",
         f"here: {n} of train",
-        f"**here: {m} of {'validation' if split == 'Val' else split}**",
+        f"**here: {m} of {of}**",
         "mean ± sd of the images",
     ]
     lines = [row_of(columns), "|---" * len(columns) + "|"]

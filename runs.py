@@ -295,6 +295,8 @@ def load_splits(args, cfg, checkpoint, path):
         for name in ("Train", "Val", "Test") if args.test else ("Train", "Val"):
             which = (cfg.data, cfg.task, name, cfg.classes, cfg.image_size)
             splits[name] = data.load(*which, progress=progress_line(f"decoding {name}"))
+    if cfg.held_out:
+        splits["Train"], splits["Val"] = data.divided(splits["Train"], cfg.held_out)
     n, m = len(splits["Train"].images), len(splits["Val"].images)
     if cfg.task == "synthesis" and m < 4:
         rule = "--task synthesis compares with at least 4 images of Val"

@@ -788,3 +788,17 @@ def test_progress_counts_every_file_to_be_decoded(load):
     calls = []
     load(progress=lambda *a: calls.append(a))
     assert calls == [(i, 14) for i in range(1, 15)]
+
+
+@pytest.mark.parametrize("share, out", [(0.2, [4, 9]), (0.5, [1, 3, 5, 7, 9]), (0.25, [3, 7])])
+def test_what_is_held_out_is_spread_evenly_and_nothing_is_in_both_parts(share, out):
+    """Ten images: every fifth, second, fourth. Image, mask and name stay together."""
+    numbers = np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1)
+    whole = data.Split(numbers, numbers + 100, [str(i) for i in range(10)])
+    learned, held_out = data.divided(whole, share)
+    assert held_out.images.ravel().tolist() == out
+    assert sorted([*learned.images.ravel(), *held_out.images.ravel()]) == list(range(10))
+    for part in (learned, held_out):
+        assert (part.masks - part.images == 100).all()
+        assert part.names == [str(i) for i in part.images.ravel()]
+    assert data.divided(whole._replace(masks=None), share)[1].masks is None

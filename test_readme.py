@@ -227,7 +227,9 @@ def test_every_other_command_is_accepted(script):
     assert commands(script)
     for arguments in commands(script):
         args = parser_of(script)(shlex.split(arguments))
-        assert script == "benchmark.py" or args.run.startswith("runs/")
+        runs = [args.run] if script == "sample.py" else getattr(args, "runs", [])
+        assert all(run.startswith("runs/") for run in runs)
+        assert runs or script == "benchmark.py"
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "studies.py", "benchmark.py"])

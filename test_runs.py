@@ -497,6 +497,31 @@ def test_a_finished_run_is_evaluated_anew_under_another_protocol_and_not_trained
     assert results_of(lung_run)["evaluation"]["step"] == 6
 
 
+def test_a_run_can_be_measured_on_a_part_of_train_that_it_does_not_learn(root, go, monkeypatch):
+    """--set held_out=0.5: half of Train is learned, the other half evaluated; the table says so."""
+    seen = {}
+    monkeypatch.setattr(train.Run, "__init__", spy(train.Run.__init__, seen))
+    status, folder = go("--task lung --set held_out=0.5")
+    whole = data.load(root, "lung", "Train", image_size=16)
+    learned, held_out = data.divided(whole, 0.5)
+    assert status == 0 and seen["Train"] == learned.names and seen["Val"] == held_out.names
+    assert "of held-out train**" in (folder / "table.md").read_text()
+    results = json.loads((folder / "results.json").read_text())
+    assert results["config"]["held_out"] == 0.5
+    n = results["evaluation"]["Train"]["images"]
+    assert n == min(len(learned.names), 4)
+
+
+def spy(init, seen):
+    """Run.__init__ that notes the names of its splits."""
+
+    def noted(self, cfg, device, path, splits, *rest):
+        seen.update({name: split.names for name, split in splits.items()})
+        init(self, cfg, device, path, splits, *rest)
+
+    return noted
+
+
 def test_a_run_killed_before_its_results_are_written_writes_them_when_it_goes_on(lung_run):
     """results.json of an older step, or none: --resume of the finished run writes it."""
     assert train.main(["--resume", str(lung_run), "--steps", "6"]) == 0
