@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -28,8 +29,22 @@ class Stopped(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse, with a refusal of one line: the usage is not repeated."""
 
+    def parse_args(self, args=None, namespace=None):
+        """Refuses control characters. stdout now shows as an escape what it cannot encode."""
+        with contextlib.suppress(AttributeError):  # a notebook's stdout
+            sys.stdout.reconfigure(errors="backslashreplace")
+        for word in sys.argv[1:] if args is None else args:
+            if re.search(r"[\x00-\x1f\x7f-\x9f]", word):
+                self.error(f"no argument may hold a control character, got {word}")
+        return super().parse_args(args, namespace)
+
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, printable(f"{self.prog}: error: {message}") + "\n")
+
+
+def printable(text):
+    """One line, with an escape for each character that a terminal obeys or that no UTF-8 has."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def path_of(text):
@@ -47,20 +62,6 @@ def out_of_memory(error):
     words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
     said = any(word in str(error) for word in words)
     return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
-
-
-@contextlib.contextmanager
-def failure_named(path, size="room"):
-    """UserError where a file cannot be written, with its path; torch says so in a RuntimeError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as e:
-        if out_of_memory(e):
-            raise
-        why = str(getattr(e, "strerror", None) or e).split("\n")[0].split("] . ")[-1][:100]
-        free = f"{shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free"
-        needed = f"a new file needs {size} and an inode beside the old one, which stays; {free}"
-        raise UserError(f"{path}: not written: {why}; {needed}") from e
 
 
 def fits(name, job):
@@ -84,7 +85,7 @@ def exit_status(program, work, less_memory, left_behind):
     try:
         return work()
     except (UserError, OSError) as e:
-        print(f"{program}: error: {e}", file=sys.stderr)
+        print(printable(f"{program}: error: {e}"), file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
@@ -94,6 +95,54 @@ def exit_status(program, work, less_memory, left_behind):
     except KeyboardInterrupt:
         print(f"\n{program}: stopped; {left_behind}", file=sys.stderr)
         return 130
+
+
+# ---------------------------------------- files
+
+
+@contextlib.contextmanager
+def failure_named(path, size="room"):
+    """UserError where a file cannot be written, with its path; torch says so in a RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        if out_of_memory(e):
+            raise
+        why = str(getattr(e, "strerror", None) or e).split("\n")[0].split("] . ")[-1][:100]
+        free = f"{shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free"
+        needed = f"a new file needs {size} and an inode beside the old one, which stays; {free}"
+        raise UserError(f"{path}: not written: {why}; {needed}") from e
+
+
+@contextlib.contextmanager
+def opened(folder):
+    """The descriptor of a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path, write, size="room"):
+    """write(temporary path), then rename: the file is there whole or not at all.
+
+    UserError: it cannot be written, as on a full disk, where it needs `size` more; or a folder, a
+    pipe or a device has that name.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is there, and is not a file")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        with failure_named(path, size):
+            write(temporary)
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError), opened(path.parent) as descriptor:
+        os.fsync(descriptor)  # else a power cut can undo the rename; Windows opens no folder
 
 
 # ---------------------------------------- Ctrl-C
@@ -158,8 +207,8 @@ def begin_worker():
 
 
 def message(text):
-    """Print a line on stdout now, also into a pipe."""
-    print(text, flush=True)
+    """Print lines on stdout now, also into a pipe."""
+    print("\n".join(map(printable, text.split("\n"))), flush=True)
 
 
 class StatusLine:

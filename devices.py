@@ -19,7 +19,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from console import Stopped, UserError, fits, message, out_of_memory
+from console import Stopped, UserError, fits, message, opened, out_of_memory
 from unet import Head, recompute_blocks
 
 try:
@@ -346,16 +346,6 @@ def locked(folder):
         except BlockingIOError as e:
             raise UserError(f"{folder}: another run is writing there; choose another --out") from e
         yield
-
-
-@contextlib.contextmanager
-def opened(folder):
-    """The descriptor of a folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

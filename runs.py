@@ -15,7 +15,6 @@ import dataclasses
 import json
 import math
 import operator
-import os
 import platform
 import re
 import subprocess
@@ -27,31 +26,13 @@ import torch
 import config
 import data
 import phantoms
-from console import UserError, failure_named, message, progress_line
-from devices import first_process_first, laid_out, opened, processor, rank, world
+from console import UserError, failure_named, message, progress_line, write_whole
+from devices import first_process_first, laid_out, processor, rank, world
 
 # What a killed write_whole leaves in a run folder
 TEMPORARY = r"\.(config|log|last|best|table|test|results|curves|masks|samples)\.\d+\.\w+"
 
 # ---------------------------------------- files
-
-
-def write_whole(path, write, size="room"):
-    """write(temporary path), then rename: the file is there whole or not at all.
-
-    UserError: it cannot be written, as on a full disk, where it needs `size` more.
-    """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        with failure_named(path, size):
-            write(temporary)
-            with open(temporary, "rb+") as f:
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError), opened(path.parent) as descriptor:
-        os.fsync(descriptor)  # else a power cut can undo the rename; Windows opens no folder
 
 
 def as_json(content):
