@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 TRUE, SAMPLED = "#009e73", "#d55e00"  # green and orange that colour-blind eyes tell apart
+MISSED = "#004d38"  # beside SAMPLED in one picture: darker, for gray printing
 LINES = [  # colour, dash, marker
     ("#000000", "-", "o"),
     ("#d55e00", "--", "s"),
@@ -245,8 +246,8 @@ def draw_range(fig, row_axes, arrays):
     fig.colorbar(images[-1], ax=list(row_axes), shrink=0.9, pad=0.01).ax.tick_params(labelsize=7)
 
 
-def save_image_grid(path, images, title, columns=8):
-    """Images in a grid, (N, 1, H, W) uint8."""
+def save_image_grid(path, images, title, columns=8, software="matplotlib"):
+    """Images in a grid, (N, 1, H, W) uint8. software: what the PNG says of who wrote it."""
     rows = -(-len(images) // columns)
     fig, axes = figure(rows, columns, 1.1 * columns, 1.1 * rows + 0.4)
     for ax in axes.flat:
@@ -254,7 +255,7 @@ def save_image_grid(path, images, title, columns=8):
     for ax, image in zip(axes.flat, images):
         ax.imshow(image[0], **GRAY)
     fig.suptitle(title, fontsize=9, parse_math=False)
-    fig.savefig(path, dpi=110)
+    fig.savefig(path, dpi=110, metadata={"Software": software})
 
 
 def save_mask_grid(path, *args, **kwargs):
@@ -282,17 +283,17 @@ def mask_grid(images, true, sampled, dice, title, columns=8):
     for ax, label in zip(axes[:, 0], ("X-ray", "true mask", "sampled mask", "difference")):
         ax.set_ylabel(label, fontsize=9)
     first_line = f"{title}: from the worst to the best image of validation\n"
-    contours = "contours: true solid green, sampled dashed orange; "
-    colours = "difference: green missed, orange too much"
+    contours = "contours: true solid green, sampled dashed orange\n"
+    colours = "difference: dark green missed, orange too much, gray in both"
     fig.suptitle(first_line + contours + colours, fontsize=9, parse_math=False)
     return fig
 
 
 def difference(true, sampled):
-    """(H, W) bool masks as an (H, W, 3) uint8 picture: green missed, orange too much, gray both."""
+    """(H, W) bool masks -> (H, W, 3) uint8: dark green missed, orange too much, gray in both."""
     picture = np.full((*true.shape, 3), 255, np.uint8)
     picture[true & sampled] = rgb("#c8c8c8")
-    picture[true & ~sampled] = rgb(TRUE)
+    picture[true & ~sampled] = rgb(MISSED)
     picture[sampled & ~true] = rgb(SAMPLED)
     return picture
 
@@ -302,11 +303,13 @@ def rgb(colour):
     return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
 
 
-def save_overlay(path, image, mask, title, true=None, what="sampled mask"):
+def save_overlay(path, image, mask, title, true=None, what="sampled mask", software="matplotlib"):
     """The outlines of a mask, dashed, and of the true mask, solid, on an X-ray of any size.
 
     image  (H, W) uint8;  mask, true  (H, W) bool;  what  the mask's name in the legend
+    software  what the PNG says of who wrote it. A side is drawn at 1024 pixels or fewer
     """
+    image = reduced(image)
     H, W = image.shape
     height = 7 * min(max(H / W, 0.3), 3)  # inches; a strip of pixels still gets a picture
     fig, ((ax,),) = figure(1, 1, 7, height + 0.6)
@@ -317,11 +320,18 @@ def save_overlay(path, image, mask, title, true=None, what="sampled mask"):
     labels = []
     for label, inside, colour, style in outlines:
         if min(H, W) > 1:  # contours need a plane
-            contour(ax, np.uint8(255) * inside, colour, style)
+            contour(ax, reduced(np.uint8(255) * inside), colour, style)
         labels.append(label if inside.any() else f"{label} (empty)")
     ax.set_title("; ".join(labels), fontsize=9)
     fig.suptitle(title, fontsize=9, parse_math=False)
-    fig.savefig(path, dpi=150)
+    fig.savefig(path, dpi=150, metadata={"Software": software})
+
+
+def reduced(image):
+    """(H, W) uint8 of any size at 1024 pixels a side or fewer, by means of pixels."""
+    small = Image.fromarray(image)
+    small.thumbnail((1024, 1024), Image.Resampling.BOX)
+    return np.asarray(small)
 
 
 # ---------------------------------------- functions of two numbers

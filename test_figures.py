@@ -194,7 +194,7 @@ def test_a_title_with_dollars_is_a_title(tmp_path):
 
 
 def test_the_mask_grid_goes_from_the_worst_to_the_best():
-    """Columns in order of DICE, an undefined one last; missed pixels green, too many orange."""
+    """Columns in order of DICE, an undefined one last; missed dark green, too much orange."""
     true, sampled = np.zeros((2, 3, 1, 8, 8), np.uint8)
     true[:, :, 2:4], sampled[:, :, 3:5] = 255, 255
     dice = np.array([0.9, np.nan, 0.5])
@@ -203,8 +203,23 @@ def test_the_mask_grid_goes_from_the_worst_to_the_best():
     assert titles(grid[0]) == ["DICE 0.500", "DICE 0.900", "DICE nan"]
     difference = grid[3, 0].images[0].get_array()
     missed, too_much, both, neither = (hex_of(difference[row, 0]) for row in (2, 4, 3, 0))
-    assert (missed, too_much) == (figures.TRUE, figures.SAMPLED)
+    assert (missed, too_much) == (figures.MISSED, figures.SAMPLED)
     assert (both, neither) == ("#c8c8c8", "#ffffff")
+    assert "dark green missed, orange too much, gray in both" in fig.get_suptitle()
+
+
+# Linear red, green and blue as a deuteranope sees them (Machado, Oliveira and Fernandes 2009)
+DEUTERANOPE = [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]
+
+
+def test_the_four_colours_of_a_difference_differ_in_gray_and_for_a_deuteranope():
+    """By 50 of 255 in luminance, and missed from too much by 60."""
+    true, sampled = np.array([[True, True, False, False]]), np.array([[True, False, True, False]])
+    linear = (figures.difference(true, sampled)[0] / 255) ** 2.2
+    for seen in (linear, linear @ np.transpose(DEUTERANOPE)):
+        gray = 255 * np.clip(seen, 0, 1) ** (1 / 2.2) @ [0.299, 0.587, 0.114]
+        both, missed, too_much, neither = gray
+        assert np.diff(sorted(gray)).min() > 50 and too_much - missed >= 60
 
 
 def test_a_picture_shows_itself_in_a_notebook():
