@@ -49,7 +49,7 @@ def printable(text):
 
 def path_of(text):
     """A path of the command line, as text; what is not there already may begin with ~, the home."""
-    if not text or "\0" in text:
+    if not text:
         raise argparse.ArgumentTypeError(f"must be a path, got {text!r}")
     try:
         return text if os.path.exists(text) else str(Path(text).expanduser())

@@ -16,7 +16,7 @@ No file is repaired or skipped. A file that breaks a rule stops the load; one li
 """
 
 import hashlib
-import io
+import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +28,7 @@ import torch
 from numpy.lib.npyio import NpzFile
 from PIL import Image, UnidentifiedImageError
 
-from console import UserError
+from console import UserError, printable, write_whole
 
 LUNG_TREE, INFECTION_TREE = "Lung Segmentation Data", "Infection Segmentation Data"
 TREES = {"lung": LUNG_TREE, "infection": INFECTION_TREE, "synthesis": LUNG_TREE}
@@ -38,6 +38,7 @@ SPLITS = ("Train", "Val", "Test")
 DEFAULT_CLASSES = {"lung": CLASSES, "infection": ("COVID-19",), "synthesis": CLASSES}
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "GIF", "WEBP", "JPEG2000")  # of images
+MOST_PIXELS, MOST_SIDE = 10**8, 2**16  # of an image: larger ones are refused by their header
 
 CACHE = Path(__file__).resolve().parent / ".cache"
 CACHE_FORMAT = 2  # raise it when decoding or resizing changes: older caches are then stale
@@ -72,22 +73,36 @@ def to_uint8(x):
 
 
 def open_image(path):
-    """The one picture in a file, decoded. UserError: unreadable, damaged, or several frames."""
+    """The one picture in a file, decoded. UserError: unreadable, too large, or several frames.
+
+    The limits are those above. Pillow's own, which warns at 89 megapixels, is switched off.
+    """
     path = Path(path)
     if path.exists() and not path.is_file():  # reading a pipe or a device might never end
         raise UserError(f"{path}: is not a file")
+    Image.MAX_IMAGE_PIXELS = None
     try:
-        content = io.BytesIO(path.read_bytes())
-        # PNG has checksums, which verify() compares: load() alone accepts one flipped bit in seven
-        Image.open(content, formats=FORMATS).verify()
-        image = Image.open(content, formats=FORMATS)
-        image.load()
+        with open(path, "rb") as f:
+            image = Image.open(f, formats=FORMATS)
+            if max(image.size) > MOST_SIDE or math.prod(image.size) > MOST_PIXELS:
+                most = f"{MOST_PIXELS // 10**6} megapixels and {MOST_SIDE} a side"
+                raise ValueError(f"{image.width} x {image.height} pixels; at most {most} are read")
+            # A PNG's checksums; load() alone accepts one flipped bit in seven
+            image.verify()
+            image = Image.open(f, formats=FORMATS)
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                raise ValueError(f"holds {frames} frames, one is wanted")
+            image.load()
     except Exception as e:  # Pillow's are OSError, SyntaxError, ValueError, struct.error...
         reason = "not an image file" if isinstance(e, UnidentifiedImageError) else e
         raise UserError(f"{path}: cannot be read: {reason}") from e
-    if getattr(image, "n_frames", 1) > 1:
-        raise UserError(f"{path}: holds {image.n_frames} frames, one is wanted")
     return image
+
+
+def strips(shape):
+    """Slices of the rows of an (H, W) array: a million pixels each, or a row."""
+    rows = max(1, 2**20 // shape[1])
+    return [slice(top, min(top + rows, shape[0])) for top in range(0, shape[0], rows)]
 
 
 def gray_values(path):
@@ -97,22 +112,26 @@ def gray_values(path):
     UserError: what open_image refuses; a pixel that is not R = G = B and opaque; other numbers.
     """
     image = open_image(path)
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        low, high = values.min(), values.max()
-        if low < 0 or high > 65535:
-            raise UserError(f"{path}: gray values {low}..{high}, 0..65535 is wanted")
-        return values.astype(np.uint16)
-    if image.mode in ("1", "L") and "transparency" not in image.info:
-        return np.asarray(image.convert("L"))
-    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+    deep = image.mode.startswith("I")
+    if not deep and image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
         raise UserError(f"{path}: pixels of kind {image.mode}, gray is wanted")
-    rgba = np.asarray(image.convert("RGBA"))  # (H, W, 4)
-    if (rgba[..., 3] != 255).any():
-        raise UserError(f"{path}: transparent pixels, an opaque gray image is wanted")
-    if (rgba[..., :1] != rgba[..., 1:3]).any():
-        raise UserError(f"{path}: coloured pixels, a gray image (R = G = B) is wanted")
-    return rgba[..., 0]
+    low, high = image.getextrema() if image.mode == "I" else (0, 0)
+    if low < 0 or high > 65535:
+        raise UserError(f"{path}: gray values {low}..{high}, 0..65535 is wanted")
+    is_gray = image.mode in ("1", "L") and "transparency" not in image.info
+    values = np.empty((image.height, image.width), np.uint16 if deep else np.uint8)
+    for rows in strips(values.shape):  # memory holds no second copy of a large picture
+        strip = image.crop((0, rows.start, image.width, rows.stop))
+        if deep or is_gray:
+            values[rows] = strip if deep else strip.convert("L")
+            continue
+        rgba = np.asarray(strip.convert("RGBA"))  # (h, W, 4)
+        if (rgba[..., 3] != 255).any():
+            raise UserError(f"{path}: transparent pixels, an opaque gray image is wanted")
+        if (rgba[..., :1] != rgba[..., 1:3]).any():
+            raise UserError(f"{path}: coloured pixels, a gray image (R = G = B) is wanted")
+        values[rows] = rgba[..., 0]
+    return values
 
 
 def read_gray(path):
@@ -120,7 +139,10 @@ def read_gray(path):
     values = gray_values(path)
     if values.dtype == np.uint8:
         return values
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    gray = np.empty(values.shape, np.uint8)
+    for rows in strips(values.shape):
+        gray[rows] = (values[rows].astype(np.uint32) + 128) // 257
+    return gray
 
 
 def read_mask(path):
@@ -155,7 +177,7 @@ def resize_image(a, size):
 
 def resize_mask(a, size):
     """(H, W) bool -> (size, size) bool: inside where half or more of the pixels under it are."""
-    return area_mean(a.astype(np.uint8), size) >= 0.5
+    return area_mean(a.view(np.uint8), size) >= 0.5
 
 
 # ---------------------------------------- one folder
@@ -227,27 +249,22 @@ def cache_file(cache, folder, size):
 
     The tasks and any choice of classes share it. Two data sets, or two sizes, have two files.
     """
-    place = hashlib.sha256(str(folder).encode()).hexdigest()
+    place = hashlib.sha256(os.fsencode(folder)).hexdigest()
     return Path(cache) / f"{'-'.join(folder.parts[-3:])}-{size}-{place[:12]}.npz"
 
 
 def fingerprint_of(files):
     """What `scan` returns -> (32,) uint8 that changes with each name, size, time; CACHE_FORMAT."""
     lines = [f"{name}/{size}/{time}/" for name, (size, time) in files.items()]
-    digest = hashlib.sha256(f"{CACHE_FORMAT}/{''.join(lines)}".encode()).digest()
+    digest = hashlib.sha256(os.fsencode(f"{CACHE_FORMAT}/{''.join(lines)}")).digest()
     return np.frombuffer(digest, np.uint8)
 
 
 def write_cache(file, fingerprint, shapes, pixels):
-    """Write a cache file whole or not at all: it gets its name when it is complete."""
+    """Write a cache file whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            np.savez(f, fingerprint=fingerprint, shapes=shapes, pixels=pixels)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    arrays = dict(fingerprint=fingerprint, shapes=shapes, pixels=pixels)
+    write_whole(file, lambda f: np.savez(f, **arrays))
 
 
 def read_cache(file, fingerprint, shapes, pixels):
@@ -257,6 +274,8 @@ def read_cache(file, fingerprint, shapes, pixels):
     since), or if it is damaged. A damaged file is named on stderr.
     """
     try:
+        if not file.is_file():  # reading a pipe might never end
+            return False
         with open(file, "rb") as f, NpzFile(f, allow_pickle=False) as saved:
             if saved.zip.testzip():  # the name of the first array whose checksum is wrong, or None
                 raise ValueError("wrong checksum")
@@ -268,11 +287,10 @@ def read_cache(file, fingerprint, shapes, pixels):
                     raise ValueError(f"wrong shape or type of {name}")
                 array[:] = a
             return True
-    except (FileNotFoundError, NotADirectoryError):
-        return False
     except Exception as e:  # those of zipfile, zlib and numpy: a flipped bit can raise a dozen
         reason = str(e) or type(e).__name__
-        print(f"cache {file} is damaged ({reason}); decoding the images again", file=sys.stderr)
+        said = f"cache {file} is damaged ({reason}); decoding the images again"
+        print(printable(said), file=sys.stderr)
         return False
 
 
@@ -298,9 +316,9 @@ def decode_folders(folders, size, cache, progress):
     try:
         for c in missing.values():
             write_cache(*c)
-    except OSError as e:
+    except (OSError, UserError) as e:
         later = "the images will be decoded again next time"
-        print(f"cache cannot be written ({e}); {later}", file=sys.stderr)
+        print(printable(f"cache cannot be written ({e}); {later}"), file=sys.stderr)
     return pixels, shapes
 
 

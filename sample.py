@@ -8,9 +8,10 @@ r"""Use a trained run: draw X-rays from noise (§3), or find the masks of your o
     python sample.py runs/lung-add-0/best.pt --images a.png --masks a-true.png    and its scores
 
 RUN is a run folder of train.py (its last.pt, which its tables are about) or a checkpoint file, such
-as best.pt, which validation chose. X-rays are gray image files of any size, of 8 or 16 bits (16
-bits: 0..65535 is black to white). The network sees them squeezed to its own square, as in training.
-Masks have the X-ray's own size. Files of an X-ray NAME.png, in <RUN folder>/samples or --out DIR:
+as best.pt, which validation chose. X-rays are gray image files of any size up to 100 megapixels, of
+8 or 16 bits (16 bits: 0..65535 is black to white); a small network then takes less than 1 GiB of
+memory. The network sees them squeezed to its own square, as in training. Masks have the X-ray's own
+size. Files of an X-ray NAME.png, in <RUN folder>/samples or --out DIR:
 
     NAME-mask.png           0 outside, 255 inside: where the ensemble's mean is above 0 of [-1, 1]
     NAME-overlay.png        the outline of the mask on the X-ray, and of the true mask with --masks
@@ -21,32 +22,35 @@ Masks have the X-ray's own size. Files of an X-ray NAME.png, in <RUN folder>/sam
 
 A synthesis run gives sample-0000.png, sample-0001.png, ... and the first 64 in samples.png. The
 noise of image i (its place in the list) depends on --seed and i alone. A later call replaces files
-of the same names and no others. Your own images and masks are never overwritten. Not for diagnosis:
-the masks are those of a network at a low resolution, for study; no finding may rest on them.
+that sample.py wrote (each says so) and refuses to replace others. Not for diagnosis: the masks are
+those of a network at a low resolution, for study; no finding may rest on them.
 """
 
 import argparse
 import dataclasses
+import gc
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch.nn import functional as F
 
 import config
+import console
 import data
 import devices
 import evaluate
 import metrics
 import runs
 from config import refuse
-from console import Parser, UserError, exit_status, message, passes_line, path_of, progress_line
+from console import Parser, UserError, exit_status, message, path_of, printable, write_whole
 
 CHANGEABLE = ("sampler", "ddim_steps", "ensemble")  # settings of the run that a flag replaces
 MOST_MEMBERS = 64  # of an ensemble: those of one X-ray go through the network together
 DRAWN, MOST_DRAWN, GRID = 16, 10**6, 64  # X-rays without -n; with -n; in samples.png
+MARK = "sample.py of Diffusion models for chest X-rays"  # stands near the beginning of each file
 
 # ---------------------------------------- the command line
 
@@ -120,11 +124,17 @@ def files_to_write(args, cfg, out):
         refuse(same is not path, f"{both}; {rule}")
     files = [out / f"{Path(path).stem}-{kind}.png" for path in args.images for kind in kinds]
     files += [out / "scores.md"] if args.masks else []
-    given = {identity(path): path for path in [*args.images, *(args.masks or [])]}
+    paths = filter(os.path.exists, [*args.images, *(args.masks or [])])
+    given = {identity(path): path for path in paths}
     rule = "would be overwritten by a result of that name; choose another --out"
     for file in filter(Path.exists, files):
         refuse(identity(file) in given, f"{given.get(identity(file))} {rule}")
     return files
+
+
+def written_here(file):
+    """Whether sample.py wrote this file."""
+    return file.is_file() and MARK.encode() in file.read_bytes()[:1000]
 
 
 def identity(path):
@@ -140,7 +150,8 @@ def read_xrays(images, masks, size):
 
     Each is read again when its mask is written: memory holds one at a time at its own size.
     """
-    small, progress = np.empty((len(images), 1, size, size), np.uint8), progress_line("reading")
+    small = np.empty((len(images), 1, size, size), np.uint8)
+    progress = console.progress_line("reading")
     for i, path in enumerate(images):
         xray = data.read_gray(path)
         if masks and (mask := data.read_mask(masks[i])).shape != xray.shape:
@@ -151,6 +162,7 @@ def read_xrays(images, masks, size):
             message(f"{dark}; does it use all its bits?")
         small[i, 0] = data.resize_image(xray, size)
         progress(i + 1, len(images))
+        xray = mask = None  # before the next is read
     return small
 
 
@@ -160,7 +172,7 @@ def write_masks(model, cfg, small, args, device, out, title):
     small: from read_xrays. Returns the Counts of each X-ray (§4.3), or None without --masks.
     """
     N, members, counts = len(small), cfg.ensemble, []
-    progress = passes_line("segmenting: passes", N * members * evaluate.passes_of(cfg))
+    progress = console.passes_line("segmenting: passes", N * members * evaluate.passes_of(cfg))
 
     def sample(rows):
         y = data.to_float(small[rows]).to(device)  # (B, 1, S, S) in [-1, 1]
@@ -169,50 +181,66 @@ def write_masks(model, cfg, small, args, device, out, title):
 
     for rows, masks in devices.in_chunks(sample, np.arange(N), device, members):
         for i, x0 in zip(rows, masks[:, :, 0]):
-            xray, name = data.read_gray(args.images[i]), Path(args.images[i]).stem
-            true = data.read_mask(args.masks[i]) if args.masks else None
-            inside = write_files_of_xray(out / name, xray, x0, true, title)
-            if args.masks:
-                counts.append(metrics.confusion(inside[None], true[None]))
+            files = args.images[i], args.masks[i] if args.masks else None
+            counts += write_files_of_xray(out / Path(args.images[i]).stem, *files, x0, title)
     return metrics.Counts(*map(np.concatenate, zip(*counts))) if counts else None
 
 
-def write_files_of_xray(name, xray, masks, true, title):
+def write_files_of_xray(name, image, true, masks, title):
     """Writes NAME-mask.png, NAME-overlay.png, ...; name: their path up to NAME.
 
-    xray (H, W) uint8, masks (N, S, S) in [-1, 1], true (H, W) bool or None -> the mask, (H, W) bool
+    image: file of the X-ray; true: that of its mask or None; masks: (N, S, S) in [-1, 1].
+    Returns a list of the Counts, empty without a true mask.
     """
     import figures  # matplotlib takes a while to load
 
-    mean = enlarge(masks.mean(0), xray.shape)  # (H, W) in [-1, 1]
-    mean_gray, inside = data.to_uint8(mean), (mean > 0).numpy()  # to_uint8 refuses nan
+    xray, true = data.read_gray(image), data.read_mask(true) if true else None
+    mean, spread = masks.mean(0), masks.std(0, correction=0)  # -1..1, 0..1
+    data.to_uint8(mean)  # refuses nan
+    inside = enlarge(mean, xray.shape, lambda x: (x > 0).numpy()).view(bool)
     write_gray(f"{name}-mask.png", np.uint8(255) * inside)
     if len(masks) > 1:
-        spread = enlarge(masks.std(0, correction=0), xray.shape)  # 0..1
-        write_gray(f"{name}-mean.png", mean_gray)
-        write_gray(f"{name}-disagreement.png", data.to_uint8(2 * spread - 1))
-    title = f"{name.name}\n{title}; not for diagnosis"
+        write_gray(f"{name}-mean.png", enlarge(mean, xray.shape, data.to_uint8))
+        spread = enlarge(spread, xray.shape, lambda x: data.to_uint8(2 * x - 1))
+        write_gray(f"{name}-disagreement.png", spread)
+        del spread  # memory is for the overlay
+    title = f"{printable(name.name)}\n{title}; not for diagnosis"
     what = f"mean of {len(masks)} masks" if len(masks) > 1 else "sampled mask"
-    overlay = dict(image=xray, mask=inside, title=title, true=true, what=what)
-    runs.write_whole(Path(f"{name}-overlay.png"), lambda f: figures.save_overlay(f, **overlay))
-    return inside
+    overlay = dict(image=xray, mask=inside, title=title, true=true, what=what, software=MARK)
+    write_whole(Path(f"{name}-overlay.png"), lambda f: figures.save_overlay(f, **overlay))
+    gc.collect()  # the parts of a picture refer to each other, and would stay
+    return [] if true is None else [metrics.confusion(inside[None], true[None])]
 
 
-def enlarge(x, size):
-    """(S, S) -> (H, W), bilinear. Where a side shrinks, all pixels under an output pixel count."""
-    return F.interpolate(x[None, None], size, mode="bilinear", antialias=True)[0, 0]
+def enlarge(x, size, pixels_of):
+    """pixels_of(x enlarged), (H, W) uint8, of x (S, S). Bilinear; strips need little memory.
+
+    Where a side shrinks, all pixels under an output pixel count.
+    """
+    pixels, wide = np.empty(size, np.uint8), widened(x, size[1])  # (H, W), (S, W)
+    for columns in data.strips(size[::-1]):
+        pixels[:, columns] = pixels_of(widened(wide[:, columns].T, size[0])).T
+    return pixels
+
+
+def widened(x, width):
+    """(H, W) -> (H, width). The height never changes: torch 2.13 gets that of one column wrong."""
+    return F.interpolate(x[None, None], (len(x), width), mode="bilinear", antialias=True)[0, 0]
 
 
 def write_gray(path, gray):
     """gray: (H, W) uint8."""
-    runs.write_whole(Path(path), lambda f: Image.fromarray(gray).save(f))
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", MARK)
+    write_whole(Path(path), lambda f: Image.fromarray(gray).save(f, pnginfo=info))
 
 
-def score_table(names, counts, title):
+def score_table(images, counts, title):
     """The eight metrics of each X-ray, and of the pixels of all of them together, as Markdown."""
     each, pooled = metrics.scores(counts), metrics.scores(counts.pooled())
+    names = [printable(Path(path).name).replace("|", r"\|") for path in images]
     numbers = [[f"{each[m][i]:.4f}" for m in metrics.NAMES] for i in range(len(names))]
-    rows = [[name.replace("|", r"\|"), *row] for name, row in zip(names, numbers)]
+    rows = [[name, *row] for name, row in zip(names, numbers)]
     rows.append(["**all pixels together**", *(f"**{pooled[m]:.4f}**" for m in metrics.NAMES)])
     undefined = any("nan" in cell for row in rows for cell in row[1:])
     head = ["image", *metrics.NAMES]
@@ -230,7 +258,7 @@ def write_xrays(model, cfg, N, seed, device, out, title):
     """N X-rays are drawn, and written to sample-0000.png, ... and samples.png."""
     import figures  # matplotlib takes a while to load
 
-    progress = passes_line("drawing: passes", N * evaluate.passes_of(cfg))
+    progress = console.passes_line("drawing: passes", N * evaluate.passes_of(cfg))
 
     def sample(rows):
         return evaluate.sample_images(model, cfg, rows, device, progress, seed=seed)
@@ -242,7 +270,7 @@ def write_xrays(model, cfg, N, seed, device, out, title):
             shown += [gray] if i < GRID else []
     title += f"; generated{f', first {GRID} of {N}' if N > GRID else ''}"
     grid = out / "samples.png"
-    runs.write_whole(grid, lambda f: figures.save_image_grid(f, np.stack(shown), title))
+    write_whole(grid, lambda f: figures.save_image_grid(f, np.stack(shown), title, software=MARK))
 
 
 # ---------------------------------------- the command
@@ -257,13 +285,16 @@ def use_run(args):
     check_flags(args, cfg.task)
     cfg = configure(args, cfg, device)
     model = devices.cast_once(model, cfg)
-    segments = cfg.task != "synthesis"
-    small = read_xrays(args.images, args.masks, cfg.image_size) if segments else None
     run = Path(args.run)
     out = Path(args.out) if args.out else (run if run.is_dir() else run.parent) / "samples"
     files = files_to_write(args, cfg, out)
+    there = list(filter(os.path.lexists, files))
+    for file in there:
+        rule = f"{file} is there, and sample.py did not write it; choose another --out"
+        refuse(not written_here(file), rule)
+    segments = cfg.task != "synthesis"
+    small = read_xrays(args.images, args.masks, cfg.image_size) if segments else None
     out.mkdir(parents=True, exist_ok=True)
-    replaced = sum(file.exists() for file in files)
 
     kind = "phantoms" if cfg.phantoms else "X-rays"
     title = f"{config.kind_of(cfg)}, trained on {kind}, step {step}"
@@ -280,14 +311,14 @@ def use_run(args):
     if segments:
         counts = write_masks(model, cfg, small, args, device, out, title)
         if counts:
-            table = score_table([Path(path).name for path in args.images], counts, what)
-            runs.write_whole(out / "scores.md", runs.as_text(table))
+            table = score_table(args.images, counts, f"{MARK}: {what}")
+            write_whole(out / "scores.md", runs.as_text(table))
             message(f"\n{table}\n")
     else:
         write_xrays(model, cfg, args.n or DRAWN, args.seed, device, out, title)
     names = [file.name for file in files]
     listed = ", ".join(names if len(names) <= 8 else [*names[:4], "...", names[-1]])
-    novelty = f"{replaced} of them replaced" if replaced else "all new"
+    novelty = f"{len(there)} of them replaced" if there else "all new"
     message(f"{out}/: {len(names)} files ({novelty}): {listed}")
     return 0
 

@@ -1,6 +1,7 @@
 """What console.py promises: how a command ends, what Ctrl-C does, and what is shown meanwhile."""
 
 import importlib
+import io
 import os
 import signal
 import subprocess
@@ -96,11 +97,10 @@ PATHS += ["studies labels", "studies labels run --data", "studies labels run --o
 
 @pytest.mark.parametrize("words", PATHS)
 def test_what_is_no_path_is_refused_by_every_command_that_takes_one(words, capsys):
-    """Empty text, a zero byte, the home of nobody."""
+    """Empty text, the home of nobody."""
     program, *words = words.split()
     for path, rule in (
         ("", "must be a path, got ''"),
-        ("a\0b", r"must be a path, got 'a\x00b'"),
         ("~no-such-user/x", "~no-such-user/x: "),
     ):
         with pytest.raises(SystemExit) as e:
@@ -117,6 +117,51 @@ def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     Path("~x.png").touch()
     assert console.path_of("~/x.png") == str(tmp_path / "x.png")
     assert console.path_of("~x.png") == "~x.png" and console.path_of("x") == "x"
+
+
+# A folder's name: a byte that is no UTF-8, an escape code, a new line
+NAME, SHOWN = "bad\udcff\x1b[31m\nx", r"bad\udcff\x1b[31m\nx"
+
+
+def test_a_name_is_printed_in_one_line_that_a_terminal_does_not_obey(capsys):
+    console.message(f"two\nlines {NAME}")
+    assert status_of(console.UserError(f"{NAME}/: ±")) == 2
+    lines = f"two\nlines {SHOWN}\n".replace(r"\nx", "\nx")  # a message may have several
+    assert capsys.readouterr() == (lines, f"train.py: error: {SHOWN}/: ±\n")
+    assert console.printable("Thoráx ± 肺 (1).png") == "Thoráx ± 肺 (1).png"
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\x1b", "\x9b"])
+def test_an_argument_with_a_control_character_is_refused_in_one_line(capsys, character):
+    parser = console.Parser(prog="train.py")
+    parser.add_argument("out")
+    with pytest.raises(SystemExit) as e:
+        parser.parse_args([f"a{character}b"])
+    rule = f"no argument may hold a control character, got a{ascii(character)[1:-1]}b"
+    assert (e.value.code, capsys.readouterr().err) == (2, f"train.py: error: {rule}\n")
+    assert parser.parse_args(["a\udcffb"]).out == "a\udcffb"
+
+
+def test_a_terminal_of_few_characters_gets_escapes_for_the_others(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    console.Parser().parse_args([])
+    console.message("0.93 ± 0.01")
+    assert sys.stdout.buffer.getvalue() == b"0.93 \\xb1 0.01\n"
+
+
+# ---------------------------------------- files
+
+
+def test_a_file_replaces_no_pipe_and_no_folder(tmp_path):
+    """Nor a device: --out /dev/null of a superuser would leave the machine without one."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "null").symlink_to(os.devnull)
+    for name in ("pipe", "folder", "null"):
+        with pytest.raises(console.UserError, match=f"{name}: is there, and is not a file$"):
+            console.write_whole(tmp_path / name, lambda f: f.write_text("x"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "null", "pipe"]
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "null").is_symlink()
 
 
 # ---------------------------------------- Ctrl-C

@@ -6,7 +6,9 @@ import pickle
 import re
 import struct
 import time
+import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +217,61 @@ def test_what_is_no_file_or_of_another_format_is_refused(tmp_path):
         data.read_gray(tmp_path / "x.png")
 
 
+def header_of_png(width, height, bits, kind):
+    """The beginning of a PNG file: kind 0 is gray, 6 RGBA. No pixel follows."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    crc = struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + crc + b"\0\0\0\1IDAT"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bits, kind", [(1, 0), (8, 0), (16, 0), (8, 6)])
+@pytest.mark.parametrize("size", [(13300, 13300), (40000, 40000), (1, 65537)])
+def test_a_picture_above_100_megapixels_is_refused_by_its_header(tmp_path, bits, kind, size):
+    (tmp_path / "x.png").write_bytes(header_of_png(*size, bits, kind))
+    rule = f"{size[0]} x {size[1]} pixels; at most 100 megapixels and 65536 a side are read$"
+    with pytest.raises(UserError, match=rf"x\.png: cannot be read: {rule}"):
+        data.read_gray(tmp_path / "x.png")
+    (tmp_path / "x.png").write_bytes(header_of_png(10000, 10000, bits, kind))
+    with pytest.raises(UserError, match="cannot be read: (?!.*at most)"):  # no pixels
+        data.read_gray(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "LA", "P", "I;16", "I"])
+def test_a_large_picture_is_read_in_strips_and_alike(tmp_path, monkeypatch, mode):
+    a = np.random.default_rng(0).integers(0, 256, (50, 30), np.uint8)
+    image = Image.fromarray(a.astype(np.uint16) * 250) if mode[0] == "I" else Image.fromarray(a)
+    image = image if image.mode == mode else image.convert(mode)
+    image.save(tmp_path / "x.tif" if mode == "I" else tmp_path / "x.png")
+    (path,) = tmp_path.iterdir()
+    whole = data.gray_values(path), data.read_gray(path)
+    monkeypatch.setattr(data, "strips", rows_of_3)
+    strips = data.gray_values(path), data.read_gray(path)
+    assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(whole, strips))
+
+
+def rows_of_3(shape):
+    return [slice(i, min(i + 3, shape[0])) for i in range(0, shape[0], 3)]
+
+
+def test_strips_are_all_rows_in_order_a_million_pixels_at_most():
+    for shape in ((10000, 10000), (65536, 1500), (7, 9), (2, 2**21)):
+        strips = data.strips(shape)
+        assert [i for rows in strips for i in range(rows.start, rows.stop)] == [*range(shape[0])]
+        longest = max(rows.stop - rows.start for rows in strips)
+        assert longest == 1 or longest * shape[1] <= 2**20
+
+
+def test_16_bits_take_little_more_memory_than_their_pixels(tmp_path):
+    """(H, W) uint16 and uint8, and a strip: no copy of the whole in wider numbers."""
+    path = save(tmp_path / "x.png", np.zeros((3000, 3000), np.uint16), compress_level=1)
+    tracemalloc.start()
+    data.read_gray(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * 3000 * 3000
+
+
 def test_a_flipped_bit_anywhere_in_the_pixels_of_a_file_is_noticed(tmp_path):
     a = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
     good = save(tmp_path / "x.png", a).read_bytes()
@@ -396,6 +453,13 @@ SOME_CLASSES = "classes must be some of COVID-19, Non-COVID, Normal"
 def test_arguments_are_refused_by_naming_what_is_allowed(load, options, message):
     with pytest.raises(UserError, match=message):
         load(**options)
+
+
+def test_a_name_that_is_no_utf_8_or_has_a_new_line_is_a_name(here, load, decoded):
+    first = load()
+    for folder in here.iterdir():
+        (folder / "covid_2.PNG").rename(folder / os.fsdecode(b"covid_2\xff\x1b[31m\n.png"))
+    assert same(load(), first._replace(names=load().names)) and decoded == [14, 6, 0]
 
 
 def test_hidden_files_and_thumbs_db_are_passed_over(here, load):
@@ -702,14 +766,18 @@ def test_nothing_in_a_cache_is_unpickled(cached, load, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"cache {file} is damaged (")
 
 
-def test_a_folder_in_the_place_of_a_cache_file_is_said_and_no_obstacle(cached, load, capsys):
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda file: file.symlink_to("/dev/zero")])
+def test_what_is_no_file_in_the_place_of_a_cache_is_said_and_no_obstacle(
+    cached, load, capsys, make
+):
+    """A folder, a pipe and a device: nothing waits for what is in them."""
     first, file = cached
     file.unlink()
-    file.mkdir()
+    make(file)
     assert same(load(), first)
-    damaged, unwritten = capsys.readouterr().err.splitlines()
-    assert damaged.startswith(f"cache {file} is damaged (")
-    assert unwritten.startswith("cache cannot be written (")
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"cache cannot be written ({file}: is there, and is not a file);")
+    assert not file.is_file() and file.exists()
 
 
 def test_a_stale_cache_is_decoded_again_and_nothing_is_said(here, load, capsys):

@@ -83,7 +83,7 @@ def overlays(monkeypatch):
     calls, real = [], figures.save_overlay
 
     def record(path, **given):
-        path.write_bytes(b"drawn")
+        path.write_bytes(f"drawn by {given['software']}".encode())
         calls.append(given)
 
     record.real = real
@@ -167,7 +167,48 @@ def test_the_mask_is_enlarged_before_it_is_thresholded(mirror, call, tmp_path):
 def test_where_a_side_shrinks_all_pixels_under_an_output_pixel_count():
     """Columns -1, 1, 1, -1 at a quarter of the width: 0, and not what the middle of four shows."""
     x = torch.tensor([-1.0, 1.0, 1.0, -1.0]).repeat(8, 8)
-    assert sample.enlarge(x, (8, 8)).abs().max() < 0.3
+    assert np.abs(sample.enlarge(x, (8, 8), data.to_uint8) - 127.5).max() < 0.3 * 127.5
+
+
+@pytest.mark.parametrize("size", [(S, S), (300, 411), (411, 30), (5, 2000), (1, 90), (7, 9)])
+def test_an_enlargement_in_strips_is_that_of_the_whole_bit_for_bit(monkeypatch, size):
+    """For each width of the strips, that of one column too."""
+    x = torch.rand(S, S, generator=torch.Generator().manual_seed(0))
+    whole = dict(size=size, mode="bilinear", antialias=True)
+    whole = torch.nn.functional.interpolate(x[None, None], **whole)[0, 0].numpy()
+    for n in (1, 7, 64, 10**6):
+        strips = [slice(i, i + n) for i in range(0, size[1], n)]
+        monkeypatch.setattr(data, "strips", lambda shape, strips=strips: strips)
+        bits = np.stack([sample.enlarge(x, size, byte_of(k)) for k in range(4)], -1)
+        assert np.array_equal(bits.view(np.float32)[..., 0], whole)
+
+
+def byte_of(k):
+    """(H, W) float32 -> byte k of each number, (H, W) uint8."""
+    return lambda x: x.contiguous().numpy().view(np.uint8)[:, k::4]
+
+
+def test_one_column_is_enlarged_as_one_row_is():
+    x = torch.rand(S, S, generator=torch.Generator().manual_seed(0))
+    column, row = (sample.enlarge(a, b, data.to_uint8) for a, b in ((x, (90, 1)), (x.T, (1, 90))))
+    assert np.ptp(column) > 20 and np.abs(column.T.astype(int) - row).max() <= 1
+
+
+def test_no_number_of_4_bytes_is_held_for_each_pixel_of_a_large_xray(
+    lung, call, tmp_path, monkeypatch
+):
+    """Nor are the pixels copied into wider ones: a strip of a million at a time."""
+    sizes, widened = [], sample.widened
+
+    def recorded(*args):
+        strip = widened(*args)
+        sizes.append(strip.numel())
+        return strip
+
+    monkeypatch.setattr(sample, "widened", recorded)
+    path = save(tmp_path / "in" / "x.png", np.full((2000, 3000), 90, np.uint8))
+    assert call(lung, "--images", path, "--ensemble", 2)[0] == 0
+    assert max(sizes) <= 2**20 and sum(sizes) > 3 * 2000 * 3000
 
 
 def test_xrays_of_one_pixel_a_side_and_empty_masks_are_no_special_case(mirror, call, tmp_path):
@@ -398,6 +439,21 @@ def test_save_overlay_draws_outlines_where_the_masks_are(tmp_path):
     draw(tmp_path / "row.png", gray[:1], left[25:26], "", left[25:26])  # nor has one row of pixels
 
 
+def test_a_large_xray_is_drawn_at_1024_pixels_a_side(tmp_path, monkeypatch):
+    """X-ray and masks alike; a small one is drawn as it is."""
+    drawn = []
+    monkeypatch.setattr(figures, "show", lambda ax, image: drawn.append(image))
+    monkeypatch.setattr(figures, "contour", lambda ax, mask, *_: drawn.append(mask))
+    for side, k in ((2048, 2), (64, 1)):
+        gray = np.random.default_rng(0).integers(0, 256, (side, side // 2), np.uint8)
+        mask, true = gray > 127, gray < 9
+        figures.save_overlay.real(tmp_path / "o.png", gray, mask, "", true=true)
+        for found, a in zip(drawn, (gray, np.uint8(255) * true, np.uint8(255) * mask)):
+            mean = a.reshape(side // k, k, side // 2 // k, k).mean((1, 3))
+            assert np.abs(found - mean).max() <= 1
+        drawn.clear()
+
+
 # ---------------------------------------- synthesis
 
 
@@ -405,9 +461,9 @@ def test_synthesis_writes_n_xrays_and_the_grid(synthesis, call, monkeypatch):
     """The X-rays of evaluate.sample_images, one file each, and all of them in one picture."""
     grids, save_image_grid = [], figures.save_image_grid
 
-    def recorded(*args):
+    def recorded(*args, **given):
         grids.append(args)
-        save_image_grid(*args)
+        save_image_grid(*args, **given)
 
     monkeypatch.setattr(figures, "save_image_grid", recorded)
     status, out, _ = call(synthesis, "-n", 3)
@@ -425,7 +481,9 @@ def test_xray_i_is_the_same_whatever_n_and_another_with_another_seed(
     synthesis, call, tmp_path, monkeypatch
 ):
     """Also where they go through the network in two chunks. 16 are drawn without -n."""
-    monkeypatch.setattr(figures, "save_image_grid", lambda path, *_: path.write_bytes(b"drawn"))
+    monkeypatch.setattr(
+        figures, "save_image_grid", lambda path, *_, **__: path.write_bytes(b"drawn")
+    )
     monkeypatch.setattr(sample, "GRID", 2)
     assert call(synthesis, "-n", 2, "--out", tmp_path / "two")[0] == 0
     monkeypatch.setattr(devices, "in_chunks", chunks_of(2))
@@ -447,9 +505,9 @@ def test_the_grid_holds_the_first_64(synthesis, call, monkeypatch):
     """Of 70 X-rays; its title says so."""
     grids = []
 
-    def recorded(path, *args):
+    def recorded(path, images, title, **_):
         path.touch()
-        grids.append(args)
+        grids.append((images, title))
 
     monkeypatch.setattr(figures, "save_image_grid", recorded)
     assert call(synthesis, "-n", 70, "--ddim-steps", 1)[0] == 0
@@ -475,6 +533,59 @@ def test_nothing_but_earlier_results_of_the_same_name_is_replaced(lung, call, tm
     assert after["x0-mask.png"] != between["x0-mask.png"]
     assert after["notes.txt"] == b"mine" and before.items() <= after.items()
     assert set(after) == {*between, "x1-mask.png", "x1-overlay.png"}
+
+
+FOREIGN = {  # in the place of a result
+    "picture": lambda path: save(path, np.zeros((S, S), np.uint8)),
+    "folder": os.mkdir,
+    "pipe": os.mkfifo,
+    "link to nothing": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_file_that_sample_py_did_not_write_is_not_replaced(lung, call, tmp_path, kind):
+    """Before any work, in one line; the second X-ray's own results are no obstacle."""
+    a, b = xrays(tmp_path / "in", 2)
+    assert call(lung, "--images", b, "--out", tmp_path / "out")[0] == 0
+    FOREIGN[kind](tmp_path / "out" / "x0-overlay.png")
+    before = states(tmp_path / "out")
+    status, out, err = call(lung, "--images", b, a, "--out", tmp_path / "out")
+    rule = "x0-overlay.png is there, and sample.py did not write it; choose another --out"
+    assert (status, out) == (2, "") and err == f"sample.py: error: {tmp_path / 'out' / rule}\n"
+    assert states(tmp_path / "out") == before
+
+
+def states(folder):
+    found = [(path.name, path.lstat()) for path in sorted(folder.iterdir())]
+    return [(name, stat.st_mode, stat.st_ino, stat.st_mtime_ns) for name, stat in found]
+
+
+def test_scores_and_grids_are_known_as_sample_pys_own_too(lung, synthesis, call, tmp_path):
+    """A table of the user is kept, and so is the samples.png that train.py wrote."""
+    a, m = xrays(tmp_path / "in", 1)[0], save(tmp_path / "m.png", np.zeros((S, S), np.uint8))
+    scored, drawn = (lung, "--images", a, "--masks", m), (synthesis, "-n", 1)
+    for words, name in ((scored, "scores.md"), (drawn, "samples.png")):
+        call(*words)
+        assert call(*words)[0] == 0
+        file = words[0] / "samples" / name
+        figures.save_image_grid(tmp_path / "grid.png", np.zeros((1, 1, S, S), np.uint8), "a run's")
+        (tmp_path / "grid.png").rename(file)
+        before = contents(file.parent)
+        assert call(*words)[0] == 2 and contents(file.parent) == before
+    figures.save_overlay.real(m, read(a), read(a) > 0, "", software=sample.MARK)
+    assert sample.written_here(m) and not sample.written_here(a)
+
+
+def test_a_name_that_is_no_utf_8_is_kept_and_shown_as_escapes(lung, call, tmp_path, overlays):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    path = save(folder / os.fsdecode(b"x\xfe.png"), np.zeros((S, S), np.uint8))
+    status, out, err = call(lung, "--images", path, "--masks", path, "--out", folder)
+    assert status == 0, err
+    assert r"\udcff/: 3 files (all new): x\udcfe-mask.png, x\udcfe-overlay.png, scores.md" in out
+    assert {b"x\xfe-mask.png", b"x\xfe-overlay.png"} < set(os.listdir(os.fsencode(folder)))
+    assert overlays[0]["title"].startswith("x\\udcfe\n")
+    assert r"| x\udcfe.png " in (folder / "scores.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("given", ["file", "link"])
