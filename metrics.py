@@ -174,6 +174,11 @@ def central_interval(samples, level=LEVEL):
     return low, high
 
 
+def level_of(N):
+    """How often the interval of N samples holds one more draw: LEVEL, or less for few samples."""
+    return min(LEVEL, (N - 1) / (N + 1))
+
+
 def coverage(low, high, true):
     """In which part of the images the truth is in its interval. All (B,)."""
     return float(np.mean((low <= true) & (true <= high)))
@@ -241,7 +246,7 @@ def share_report(p, areas, true, whole=None):
     }
     errors = {name: estimate - y for name, estimate in estimates.items()}
     return {
-        "level": min(LEVEL, (x.shape[1] - 1) / (x.shape[1] + 1)),
+        "level": level_of(x.shape[1]),
         "coverage": coverage(low, high, y),
         "width": float(np.mean(high - low)),
         "interval score": interval_score(low, high, y),

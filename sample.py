@@ -4,6 +4,7 @@ r"""Use a trained run: draw X-rays from noise (§3), or find the masks of your o
     python sample.py runs/synthesis-0 --sampler ode       by another sampler of §2.1
     python sample.py runs/lung-concat-0 --images a.png b.png           a mask and an overlay of each
     python sample.py runs/lung-concat-0 --images *.png --ensemble 9    and where 9 samples disagree
+    python sample.py runs/infection-concat-0 --images a.png --ensemble 25 --lungs runs/lung-concat-0
     python sample.py runs/lung-unet-0 --images a.png      a supervised network's mask, in one pass
     python sample.py runs/lung-add-0/best.pt --images a.png --masks a-true.png    and its scores
 
@@ -64,6 +65,8 @@ def parse(argv):
     files = dict(type=path_of, nargs="+", metavar="FILE")
     p.add_argument("--images", **files, help="X-rays to segment with a lung or infection run")
     p.add_argument("--masks", **files, help="their true masks, in the same order, to score with")
+    words = "a lung run: an infection's share is then of the lungs that it finds"
+    p.add_argument("--lungs", type=path_of, metavar="RUN", help=words)
     for name in CHANGEABLE:
         field = config.SETTINGS[name]
         words = f"{field.metadata['words']}; default: the run's"
@@ -79,13 +82,15 @@ def check_flags(args, task):
     """Refuse flags that do not belong to this kind of run, or are out of range."""
     run = f"{args.run} is a {task} run"
     if task == "synthesis":
-        for name in ("images", "masks", "ensemble"):
+        for name in ("images", "masks", "ensemble", "lungs"):
             rule = f"--{name} is about masks; {run}, which draws X-rays: give -n"
             refuse(getattr(args, name) is not None, rule)
     else:
         rule = "-n draws X-rays from a synthesis run"
         refuse(args.n is not None, f"{rule}; {run}: give --images")
         refuse(not args.images, f"{run}: give the X-rays to segment with --images FILE...")
+        rule = "--lungs is about the share of an infection"
+        refuse(args.lungs and task != "infection", f"{rule}; {run}")
     images, masks = len(args.images or ()), len(args.masks or ())
     rule = f"--masks must be as many as --images, got {masks} for {images}"
     refuse(masks not in (0, images), rule)
@@ -99,7 +104,7 @@ def check_flags(args, task):
 
 
 def configure(args, cfg, device):
-    """The run's settings, changed by the flags given. bf16 where it is slow becomes fp32.
+    """The run's settings, changed by the flags given.
 
     UserError: a flag that the run's model has no use for, or a value out of range.
     """
@@ -107,6 +112,11 @@ def configure(args, cfg, device):
     config.refuse_foreign(given, cfg.model)
     cfg = dataclasses.replace(cfg, **given)
     config.check(cfg)
+    return in_precision_of(cfg, device)
+
+
+def in_precision_of(cfg, device):
+    """cfg, with bf16 where it is fast alone."""
     return cfg if devices.bf16_is_fast(device) else dataclasses.replace(cfg, precision="fp32")
 
 
@@ -169,9 +179,10 @@ def read_xrays(images, masks, size):
 def write_masks(model, cfg, small, args, device, out, title):
     """§4.1: the masks of all X-rays are sampled, and the files of each X-ray are written.
 
-    small: from read_xrays. Returns the Counts of each X-ray (§4.3), or None without --masks.
+    small: from read_xrays. Returns the positive pixels of each mask, (N, members), and the Counts
+    of each X-ray (§4.3), or None without --masks.
     """
-    N, members, counts = len(small), cfg.ensemble, []
+    N, members, areas, counts = len(small), cfg.ensemble, [], []
     progress = console.passes_line("segmenting: passes", N * members * evaluate.passes_of(cfg))
 
     def sample(rows):
@@ -180,10 +191,39 @@ def write_masks(model, cfg, small, args, device, out, title):
         return evaluate.sample_masks(model, cfg, y, rows, members, **how).cpu()
 
     for rows, masks in devices.in_chunks(sample, np.arange(N), device, members):
+        areas.append((masks > 0).flatten(2).sum(2).numpy())
         for i, x0 in zip(rows, masks[:, :, 0]):
             files = args.images[i], args.masks[i] if args.masks else None
             counts += write_files_of_xray(out / Path(args.images[i]).stem, *files, x0, title)
-    return metrics.Counts(*map(np.concatenate, zip(*counts))) if counts else None
+    scored = metrics.Counts(*map(np.concatenate, zip(*counts))) if counts else None
+    return np.concatenate(areas), scored
+
+
+def pixels_of_lungs(run, small, device):
+    """Pixels of the lungs that a lung run finds in each X-ray, (N,), as the network sees them."""
+    model, cfg, _ = runs.load_run(run, device)
+    cfg = in_precision_of(cfg, device)
+    refuse(cfg.task != "lung", f"--lungs must be a lung run, {run} is a {cfg.task} run")
+    side = small.shape[-1]
+    rule = f"--lungs must be a run at the same resolution, {side}"
+    refuse(cfg.image_size != side, f"{rule}, got {cfg.image_size}")
+    lungs = evaluate.segment(model, cfg, small, np.arange(len(small)), device)
+    return (lungs > 0).flatten(1).sum(1).numpy()
+
+
+def share_lines(images, areas, whole, words):
+    """A line for each X-ray: the share of its masks, and where the middle 90 % of them lie.
+
+    areas: (N, members); whole: (N,), what they are a share of. The interval is of samples, as they
+    come: it holds fewer truths than it says where the network has not learned enough.
+    """
+    shares = metrics.ratio(areas * 1.0, np.broadcast_to(whole[:, None], areas.shape))
+    N, level = areas.shape[1], metrics.level_of(areas.shape[1])
+    lines = []
+    for path, mean, low, high in zip(images, shares.mean(1), *metrics.central_interval(shares)):
+        interval = f"{level:.0%} interval of {N} masks {low:.3f} to {high:.3f}"
+        lines.append(f"{printable(Path(path).name)}: {mean:.3f} of {words}, {interval}")
+    return lines
 
 
 def write_files_of_xray(name, image, true, masks, title):
@@ -284,6 +324,8 @@ def use_run(args):
     model, cfg, step = runs.load_run(args.run, device)
     check_flags(args, cfg.task)
     cfg = configure(args, cfg, device)
+    rule = "--lungs needs several masks: give --ensemble 25"
+    refuse(args.lungs and cfg.ensemble < 2, f"{rule}, got {cfg.ensemble}")
     model = devices.cast_once(model, cfg)
     run = Path(args.run)
     out = Path(args.out) if args.out else (run if run.is_dir() else run.parent) / "samples"
@@ -294,6 +336,9 @@ def use_run(args):
         refuse(not written_here(file), rule)
     segments = cfg.task != "synthesis"
     small = read_xrays(args.images, args.masks, cfg.image_size) if segments else None
+    whole, words = np.full(len(args.images or ()), cfg.image_size**2), "the picture"
+    if args.lungs:
+        whole, words = pixels_of_lungs(args.lungs, small, device), "the lungs"
     out.mkdir(parents=True, exist_ok=True)
 
     kind = "phantoms" if cfg.phantoms else "X-rays"
@@ -309,7 +354,9 @@ def use_run(args):
         moral = "what it makes of a real X-ray means nothing" if segments else moral
         message(f"This model was trained on phantoms, generated images: {moral}.")
     if segments:
-        counts = write_masks(model, cfg, small, args, device, out, title)
+        areas, counts = write_masks(model, cfg, small, args, device, out, title)
+        if cfg.ensemble > 1:
+            message("\n".join(share_lines(args.images, areas, whole, words)))
         if counts:
             table = score_table(args.images, counts, f"{MARK}: {what}")
             write_whole(out / "scores.md", runs.as_text(table))

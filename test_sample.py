@@ -395,6 +395,31 @@ def test_the_table_is_that_of_the_mask_files(lung, call, tmp_path):
     assert [row[0] for row in rows[2:]] == ["x_0.png", "x_1.png", "x_2.png", "all pixels together"]
 
 
+def test_an_ensemble_says_how_large_the_share_is_and_how_sure_it_is(tmp_path, call):
+    """By hand from the masks of the evaluation: of the picture, and of the lungs of a lung run."""
+    infection = write_run(tmp_path / "infection", settings("infection", ddim_steps=2))
+    lungs = write_run(tmp_path / "lungs", settings(ddim_steps=2))
+    images = xrays(tmp_path / "x", 2)
+    status, out, err = call(infection, "--images", *images, "--ensemble", 5, "--lungs", lungs)
+    assert status == 0, err
+    small = np.stack([read(path)[None] for path in images])
+    model, cfg, _ = runs.load_run(infection)
+    masks = evaluate.sample_masks(model, cfg, data.to_float(small), [0, 1], 5) > 0
+    other, lung_cfg, _ = runs.load_run(lungs)
+    found = evaluate.sample_masks(other, lung_cfg, data.to_float(small), [0, 1])[:, 0] > 0
+    said = [line for line in out.splitlines() if "interval" in line]
+    for line, path, own, whole in zip(said, images, masks, found.flatten(1).sum(1), strict=True):
+        x = own.flatten(1).sum(1) / whole
+        numbers = f"{x.mean():.3f} of the lungs, 67% interval of 5 masks {x.min():.3f} to "
+        assert line == f"{path.name}: {numbers}{x.max():.3f}"
+    _, out, _ = call(infection, "--images", *images, "--ensemble", 5)
+    assert (
+        f"{images[0].name}: {masks[0].flatten(1).sum(1).float().mean() / S**2:.3f} of the " in out
+    )
+    assert "of the picture, 67% interval" in out
+    assert "interval" not in call(infection, "--images", *images)[1]
+
+
 def test_no_table_without_masks(lung, call, tmp_path):
     _, out, _ = call(lung, "--images", *xrays(tmp_path / "in", 1))
     assert "DICE" not in out and "scores.md" not in contents(lung / "samples")
@@ -684,6 +709,8 @@ MENDABLE = {  # arguments -> what the one line says
     "lung --images x0 --ddim-steps 1001": f"{PASSES} 1001",
     "lung --images x0 --seed -1": f"{SEEDS} -1",
     "lung --images x0 --seed 9223372036854775808": f"{SEEDS} 9223372036854775808",
+    "lung --images x0 --lungs lung": "--lungs is about the share of an infection; L is a lung run",
+    "synthesis --lungs lung": f"--lungs {SYNTHESIS_HAS_N}",
     "lung --images": "argument --images: expected at least one argument",
     "lung --out text --images x0": "text.png'",
     "synthesis --images x0": f"--images {SYNTHESIS_HAS_N}",
