@@ -68,8 +68,8 @@ class Config:
                            "arXiv 2301.10972", None, {}, "diffusion", least=1e-3, most=1000)
     t_power: float = setting(1.0, "t has density t^(t_power - 1); 1: uniform", "Eq. (7)", None,
                              {"best masks": 4.0}, "diffusion", least=0.01, most=100)
-    noises: int = setting(1, "noisy copies of each image; its X-ray is embedded once", "", None,
-                          {"best masks": 2}, "diffusion", least=1, most=1000)
+    noises: int = setting(1, "noisy copies of each image; its X-ray is embedded once",
+                          about="diffusion", least=1, most=1000)
     T: int = setting(1000, "diffusion steps", "§3.2", about="network", least=1, most=10**6)
 
     data: str = setting("", "folder of the images")
@@ -80,7 +80,7 @@ class Config:
     held_out: float = setting(0.0, "share of Train kept to stand for Val", least=0, most=0.5)
 
     steps: int = setting(0, "gradient steps, instead of epochs", "§4.4, §4.5", TRAINING,
-                         {"small synthesis": 1500, "small lung": 500, "small infection": 1000},
+                         {"small synthesis": 1500, "small lung": 850, "small infection": 1700},
                          least=0, most=10**12)
     epochs: float = setting(100.0, "passes over the training images, instead of steps",
                             "§4.4, §4.5", TRAINING, {"infection": 2400.0}, least=1e-3, most=10**6)

@@ -68,16 +68,16 @@ def test_the_defaults_of_the_fields_are_the_numbers_of_the_report():
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("task", TASKS)
 def test_recipe_best_changes_these_settings_alone_at_either_size(task, size):
-    """It predicts v at a falling rate; masks also get more noise, two noises and two passes."""
+    """It predicts v at a falling rate; masks also get more noise and two passes."""
     expected = dict(recipe="best", target="v", lr_decay="cosine")
     if task != "synthesis":
-        expected |= dict(t_power=4.0, noises=2, ddim_steps=2)
+        expected |= dict(t_power=4.0, ddim_steps=2)
     words = f"--task {task} --size {size} --recipe"
     assert changes(f"{words} report", f"{words} best") == expected
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("task, steps", [("synthesis", 1500), ("lung", 500), ("infection", 1000)])
+@pytest.mark.parametrize("task, steps", [("synthesis", 1500), ("lung", 850), ("infection", 1700)])
 def test_size_small_changes_these_settings_alone_in_either_recipe(task, steps, recipe):
     """Network, batch, lengths and evaluation."""
     network = dict(channels=16, blocks=1, attention_levels=(3,), head_channels=16, growth=8)
