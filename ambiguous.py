@@ -78,10 +78,12 @@ def split(pictures):
 
 
 def posterior_mean(pictured, xt, a, std):
-    """E[x_0 | x_t, picture] for x_t = a x_0 + std eps, by Bayes' rule: like xt, (B, 1, S, S)."""
+    """E[x_0 | x_t, picture] for x_t = a x_0 + std eps, by Bayes' rule: like xt, (B, 1, S, S).
+
+    Of |x_t - a x|^2 only -2 a x_t x differs from mask to mask: all have the same |x|^2.
+    """
     x = 2 * torch.from_numpy(pictured.masks).flatten(1).to(xt) - 1  # (K, S S), +-1
-    logits = (a * xt.flatten(1) @ x.T - a**2 * x.square().sum(1) / 2) / std**2
-    logits += torch.from_numpy(pictured.prob).to(xt).log()
+    logits = a * xt.flatten(1) @ x.T / std**2 + torch.from_numpy(pictured.prob).to(xt).log()
     return (logits.softmax(1) @ x).view_as(xt)
 
 

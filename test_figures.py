@@ -29,16 +29,16 @@ def titles(axes):
 
 def test_intervals_are_drawn_in_the_order_of_the_truth_and_counted():
     """Three images out of order: bars from low to high at their place, 2 of 3 truths inside."""
-    true, estimate = np.array([0.5, 0.1, 0.3]), np.array([0.55, 0.2, 0.3])
+    true, estimate = np.array([0.5, 0.1, 0.3]), np.array([0.55, 0.4, 0.3])
     low, high = estimate - 0.06, estimate + [0.1, 0.1, 0.2]
     fig = figures.intervals(estimate, low, high, true, ([0.1, 0.9], [0.2, 0.7]), "t")
     left, right = fig.axes
     assert left.get_title().startswith("67% of the truths")
     means, truths = (line for line in left.lines if line.get_marker() in "os")
-    assert means.get_ydata().tolist() == [0.2, 0.3, 0.55]
+    assert means.get_ydata().tolist() == [0.4, 0.3, 0.55]
     assert truths.get_ydata().tolist() == [0.1, 0.3, 0.5]
     bars = left.collections[0].get_segments()
-    want = [[0.14, 0.3], [0.24, 0.5], [0.49, 0.65]]
+    want = [[0.34, 0.5], [0.24, 0.5], [0.49, 0.65]]
     np.testing.assert_allclose([bar[:, 1] for bar in bars], want)
     found = [line for line in right.lines if line.get_marker() == "o"][0]
     assert found.get_xydata().tolist() == [[0.1, 0.2], [0.9, 0.7]]

@@ -254,14 +254,14 @@ def test_sec41_both_learners_see_the_same_few_images_and_all_of_validation(root,
 # ---------------------------------------- a share and its interval
 
 
-def gaussian_shares(n, spread_said, seed, N=25):
+def gaussian_shares(n, spread_said, seed, N=25, bias=0.0):
     """Shares whose error has a standard deviation of its own for each image.
 
     The network says `spread_said` times that. Its samples are Gaussian.
     """
     rng = np.random.default_rng(seed)
     true, sd = rng.uniform(0.3, 0.7, n), rng.uniform(0.01, 0.05, n)
-    middle = true + sd * rng.standard_normal(n)
+    middle = true + bias + sd * rng.standard_normal(n)
     samples = middle[:, None] + spread_said * sd[:, None] * rng.standard_normal((n, N))
     spreads = {"25 masks": spread_said * sd}
     return studies.Shares(true, middle, spreads, samples, {"DICE": 0.9, "calibration error": 0.1})
@@ -279,6 +279,8 @@ def test_conformal_intervals_mend_a_spread_that_is_too_small(said):
     assert row["raw"]["CRPS"] > row["conformal"]["CRPS"] - 1e-4 and abs(row["bias"]) < 0.002
     assert row["mean absolute error"] == pytest.approx(sd * np.sqrt(2 / np.pi), rel=0.05)
     assert (row["spread"], row["DICE"], row["calibration error"]) == ("25 masks", 0.9, 0.1)
+    (row,) = studies.intervals(*(gaussian_shares(4000, said, k, bias=0.05) for k in (0, 1)))
+    assert row["bias"] == pytest.approx(0.05, abs=0.002)  # too large a share is above 0
 
 
 @pytest.mark.parametrize("networks", [1, 2])
