@@ -425,11 +425,13 @@ def parse(argv):
 
 
 def read_result(path):
-    """The dict of a results.json. UserError: not one, or of a synthesis run."""
+    """The dict of a results.json. UserError: not one, a damaged one, or of a synthesis run."""
+    if not Path(path).is_file():  # reading a pipe or a device might never end
+        raise UserError(f"{path}: there is no file of that name")
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
-        result["evaluation"]["Val"]["pooled"], result["config"]["task"]
-    except (ValueError, KeyError, TypeError) as e:
+        REPORT_TABLES[result["config"]["task"]], comparison([result])
+    except Exception as e:  # a value of another type can raise a dozen
         raise UserError(f"{path}: not the results.json of a run that has masks") from e
     return result
 

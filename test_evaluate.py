@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -380,3 +382,20 @@ def test_the_command_prints_the_comparison_and_refuses_other_files(tmp_path, cap
         assert evaluate.main([str(good), str(path)]) == 2
         rule = f"{path}: not the results.json of a run that has masks"
         assert capsys.readouterr().err == f"evaluate.py: error: {rule}\n"
+
+
+@pytest.mark.parametrize("value", [None, "0.9", [1, 2], {}, 10**400])
+def test_a_result_whose_numbers_are_none_is_refused_in_one_line(tmp_path, capsys, value):
+    path, damaged = tmp_path / "results.json", result("lung", "add")
+    damaged["evaluation"]["Val"]["pooled"]["Jaccard index"] = value
+    path.write_text(json.dumps(damaged))
+    assert evaluate.main([str(path)]) == 2
+    rule = f"{path}: not the results.json of a run that has masks"
+    assert capsys.readouterr().err == f"evaluate.py: error: {rule}\n"
+
+
+def test_a_pipe_is_not_read_for_ever(tmp_path, monkeypatch, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("it would wait"))
+    assert evaluate.main([str(tmp_path / "pipe")]) == 2
+    assert "pipe: there is no file of that name\n" in capsys.readouterr().err

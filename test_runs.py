@@ -535,6 +535,24 @@ def test_a_run_killed_before_its_results_are_written_writes_them_when_it_goes_on
     assert train.main(["--resume", str(lung_run)]) == 0 and path.exists()
 
 
+def test_a_run_killed_after_it_logged_an_evaluation_has_its_best_pt(go, monkeypatch, no_pictures):
+    """It was saved at that step already, so that --resume does not evaluate it again."""
+    add = runs.Log.add
+
+    def killed(log, **line):
+        add(log, **line)
+        if "Val" in line:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "SAVE_EVERY", -1)
+    monkeypatch.setattr(runs.Log, "add", killed)
+    status, folder = go("--task lung", given=TINY.replace("--steps 4", "--steps 2"))
+    assert status == 130 and state_of(folder)["step"] == 2
+    monkeypatch.setattr(runs.Log, "add", add)
+    assert train.main(["--resume", str(folder)]) == 0
+    assert runs.load_run(folder / "best.pt")[2] == 2 and len(evaluations_of(folder)) == 1
+
+
 def test_sec44_a_finished_supervised_run_is_prolonged_but_has_no_passes_to_change(
     go, no_pictures, capsys
 ):

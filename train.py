@@ -240,12 +240,14 @@ class Run:
         report, shown = measure(model, self.cfg, self.splits, self.device, progress)
         self.evaluate_s = time.monotonic() - start
         seconds = dict(seconds=round(self.evaluate_s, 1))
-        self.log.add(step=step, protocol=self.protocol, **report, **seconds)
+        line = dict(step=step, protocol=self.protocol, **report, **seconds)
 
-        best = max(self.log.evaluations(self.protocol), key=evaluate.quality)["step"]
-        anew = sum(line["step"] == step for line in self.log.evaluations()) > 1
-        if best == step and not anew:
+        # best.pt first: a run that is killed before the line is logged evaluates again
+        earlier = self.log.evaluations(self.protocol)
+        best = max([*earlier, line], key=evaluate.quality)["step"]
+        if best == step and not any(known["step"] == step for known in self.log.evaluations()):
             self.folder.write_checkpoint("best.pt", runs.state_of(self.trainer))
+        self.log.add(**line)
         self.save()
         self.folder.write_pictures(self.log.lines, shown, step)
         compared = "" if self.folder.finished else f" (best so far at step {best})"
