@@ -124,14 +124,19 @@ def opened(folder):
         os.close(descriptor)
 
 
+def refuse_pipe(path):
+    """UserError: a folder, a pipe or a device has that name. Reading a pipe might never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is there, and is not a file")
+
+
 def write_whole(path, write, size="room"):
     """write(temporary path), then rename: the file is there whole or not at all.
 
-    UserError: it cannot be written, as on a full disk, where it needs `size` more; or a folder, a
-    pipe or a device has that name.
+    UserError: it cannot be written, as on a full disk, where it needs `size` more; or by
+    refuse_pipe.
     """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is there, and is not a file")
+    refuse_pipe(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         with failure_named(path, size):

@@ -26,9 +26,11 @@ import torch
 import config
 import data
 import phantoms
-from console import UserError, failure_named, message, progress_line, write_whole
+from console import UserError, failure_named, message, progress_line, refuse_pipe, write_whole
 from devices import first_process_first, laid_out, processor, rank, world
 
+FILES = "config.json log.jsonl last.pt best.pt results.json table.md test.md".split()
+FILES += "curves.png masks.png samples.png".split()
 # What a killed write_whole leaves in a run folder
 TEMPORARY = r"\.(config|log|last|best|table|test|results|curves|masks|samples)\.\d+\.\w+"
 
@@ -42,11 +44,7 @@ def as_json(content):
 
 def as_text(text):
     """What write_whole calls to write this text and a newline."""
-
-    def write(path):
-        path.write_text(text + "\n", encoding="utf-8")
-
-    return write
+    return lambda path: path.write_text(text + "\n", encoding="utf-8")
 
 
 class Log:
@@ -341,7 +339,9 @@ class Folder:
         self.path, self.cfg, self.place = path, cfg, path
         step, before = (checkpoint["step"], checkpoint["config"]) if checkpoint else (0, cfg)
         self.another, measured_at = protocol_of(cfg) != protocol_of(before), None
-        with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+        for name in FILES:
+            refuse_pipe(path / name)
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError, RecursionError):
             measured_at = json.loads((path / "results.json").read_bytes())["evaluation"]["step"]
         self.finished = step == cfg.steps and (self.another or measured_at == step)
         if self.finished:

@@ -527,7 +527,7 @@ def test_a_run_killed_before_its_results_are_written_writes_them_when_it_goes_on
     assert train.main(["--resume", str(lung_run), "--steps", "6"]) == 0
     whole, path = results_of(lung_run), lung_run / "results.json"
     older = whole | {"evaluation": whole["evaluation"] | {"step": 4}}
-    for text in (json.dumps(older), "[1"):
+    for text in (json.dumps(older), "[1", "[" * 100_000):
         path.write_text(text)
         assert train.main(["--resume", str(lung_run)]) == 0
         assert results_of(lung_run)["evaluation"] == whole["evaluation"]
@@ -551,6 +551,22 @@ def test_a_run_killed_after_it_logged_an_evaluation_has_its_best_pt(go, monkeypa
     monkeypatch.setattr(runs.Log, "add", add)
     assert train.main(["--resume", str(folder)]) == 0
     assert runs.load_run(folder / "best.pt")[2] == 2 and len(evaluations_of(folder)) == 1
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "results.json", "curves.png"])
+def test_a_pipe_in_a_run_folder_is_refused_before_anything_is_read_or_written(
+    lung_run, monkeypatch, capsys, name
+):
+    read, path = Path.read_bytes, lung_run / name
+    path.unlink()
+    os.mkfifo(path)
+    before = {file: read(file) for file in lung_run.iterdir() if file != path}
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda p: pytest.fail("waits") if p == path else read(p)
+    )
+    assert train.main(["--resume", str(lung_run), "--steps", "6"]) == 2
+    assert f"train.py: error: {path}: is there, and is not a file" in capsys.readouterr().err
+    assert before == {file: read(file) for file in lung_run.iterdir() if file != path}
 
 
 def test_sec44_a_finished_supervised_run_is_prolonged_but_has_no_passes_to_change(
