@@ -543,8 +543,8 @@ def configure(args, device):
     for name in ("rounds", "decode"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
-    if args.out and not Path(args.out).parent.is_dir():
-        raise UserError(f"--out must be a file in a folder that exists, got {args.out}")
+    if args.out and not runs.writable(Path(args.out)):
+        raise UserError(f"--out must be a file in a folder that takes one, got {args.out}")
     words = ["--task", "lung"]
     for name in ("size", "recipe", "batch_size", "ddim_steps", "precision"):
         if getattr(args, name) is not None:

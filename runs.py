@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import operator
+import os
 import platform
 import re
 import subprocess
@@ -45,6 +46,12 @@ def as_json(content):
 def as_text(text):
     """What write_whole calls to write this text and a newline."""
     return lambda path: path.write_text(text + "\n", encoding="utf-8")
+
+
+def writable(path):
+    """Whether write_whole can write a new file there, or replace the file that is there."""
+    free = path.is_file() or not path.exists()
+    return free and path.parent.is_dir() and os.access(path.parent, os.W_OK)
 
 
 class Log:
@@ -359,9 +366,10 @@ class Folder:
 
     def begin(self, step, table):
         """Writes config.json. Returns the Log up to this step."""
+        log = Log(self.path / "log.jsonl", step, lambda line: table(self.cfg, line))
         if not self.finished:
             self.write("config.json", as_json(dataclasses.asdict(self.cfg)))
-        return Log(self.path / "log.jsonl", step, lambda line: table(self.cfg, line))
+        return log
 
     def write(self, name, write, size="room"):
         """A file, whole."""

@@ -569,6 +569,17 @@ def test_a_pipe_in_a_run_folder_is_refused_before_anything_is_read_or_written(
     assert before == {file: read(file) for file in lung_run.iterdir() if file != path}
 
 
+def test_a_log_that_cannot_be_read_leaves_config_json_as_it_was(lung_run, monkeypatch, capsys):
+    def unreadable(*_):
+        raise PermissionError("log.jsonl")
+
+    before = (lung_run / "config.json").read_bytes()
+    monkeypatch.setattr(runs, "Log", unreadable)
+    assert train.main(["--resume", str(lung_run), "--steps", "6"]) == 2
+    assert (lung_run / "config.json").read_bytes() == before
+    assert "train.py: error: log.jsonl" in capsys.readouterr().err
+
+
 def test_sec44_a_finished_supervised_run_is_prolonged_but_has_no_passes_to_change(
     go, no_pictures, capsys
 ):
