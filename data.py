@@ -61,11 +61,16 @@ def to_float(u8):
     return u8.to(torch.float32).div_(127.5).sub_(1)
 
 
+def without_nan(x):
+    """x itself. UserError: a network whose weights have grown too large draws nan."""
+    if x.isnan().any():
+        raise UserError("the network draws nan, which is no gray value; try a smaller --lr")
+    return x
+
+
 def to_uint8(x):
     r"""[-1, 1] -> 0..255:   u = round(127.5 (x + 1)), clamped.   Float tensor -> uint8 array."""
-    if x.isnan().any():
-        raise ValueError("to_uint8 got nan, which is no gray value")
-    u = x.detach().float().add(1).mul(127.5).round().clamp(0, 255)
+    u = without_nan(x).detach().float().add(1).mul(127.5).round().clamp(0, 255)
     return u.to(torch.uint8).cpu().numpy()
 
 

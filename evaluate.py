@@ -131,7 +131,7 @@ def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None, s
         e = model.embed(y).repeat_interleave(members, 0)
     noise = diffusion.ImageNoise(seed, index, y.shape[1:], members, device)
     x0 = sample_with(cfg, s, eps_model_of(model, cfg, s, device, progress), noise, e)
-    return x0.unflatten(0, (len(y), members))
+    return data.without_nan(x0).unflatten(0, (len(y), members))
 
 
 @torch.inference_mode()
@@ -315,7 +315,7 @@ def distances_to_held_out(model, cfg, held_out, device, progress=None):
     half, model = half[: cfg.eval_images], cast_once(model, cfg)
 
     def samples_of(i):
-        return sample_images(model, cfg, i, device, progress).cpu()
+        return data.without_nan(sample_images(model, cfg, i, device, progress)).cpu()
 
     samples = on_all_processes(samples_of, np.arange(len(half)), held_out.shape[1:], device)
     images = samples, data.to_float(held_out[half]), data.to_float(held_out[other[: len(half)]])

@@ -429,6 +429,15 @@ def plant_scores(monkeypatch, *scores):
     monkeypatch.setattr(evaluate, "evaluate_masks", planted)
 
 
+@pytest.mark.parametrize("words", ["lung", "lung --ensemble 2", "synthesis"])
+def test_a_network_that_draws_nan_is_refused_in_one_line(go, monkeypatch, capsys, words):
+    """Its losses and weights may all be finite: those of a large learning rate overflow."""
+    draw = evaluate.sample_with
+    monkeypatch.setattr(evaluate, "sample_with", lambda *words: draw(*words) * torch.nan)
+    assert go(f"--task {words}")[0] == 2
+    assert "train.py: error: the network draws nan" in capsys.readouterr().err
+
+
 def test_an_evaluation_that_is_nan_is_never_the_best_one(go, monkeypatch, no_pictures):
     """Not even the first of a run: nan, 0.3, nan."""
     plant_scores(monkeypatch, math.nan, 0.3, math.nan)
