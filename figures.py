@@ -282,7 +282,7 @@ def mask_grid(images, true, sampled, dice, title, columns=8):
         show(column[3], difference(true[i, 0] > 127, sampled[i, 0] > 127))
     for ax, label in zip(axes[:, 0], ("X-ray", "true mask", "sampled mask", "difference")):
         ax.set_ylabel(label, fontsize=9)
-    first_line = f"{title}: from the worst to the best image of validation\n"
+    first_line = f"{title}: from the worst to the best image\n"
     contours = "contours: true solid green, sampled dashed orange\n"
     colours = "difference: dark green missed, orange too much, gray in both"
     fig.suptitle(first_line + contours + colours, fontsize=9, parse_math=False)

@@ -486,9 +486,9 @@ def test_the_tables_of_speed_are_what_benchmark_py_printed():
 
 
 def test_the_tables_of_the_studies_are_what_studies_py_printed():
-    """Each JSON of results/probes/ as the script's own table, word for word."""
-    files = sorted((RESULTS / "probes").glob("*.json"))
-    assert len(files) >= 2
+    """Each JSON of results/probes/ and results/shares/ as the script's own table, word for word."""
+    files = [*(RESULTS / "probes").glob("*.json"), *(RESULTS / "shares").glob("*.json")]
+    assert len(files) >= 4
     for file in files:
         result = read(file)
         assert importlib.import_module("studies").table(result) in ALL, file.name
