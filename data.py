@@ -337,7 +337,7 @@ def tree_folder(root, task):
     """
     if task not in TREES:
         raise UserError(f"task must be one of {', '.join(TREES)}; got {task!r}")
-    root, tree = Path(root).expanduser().resolve(), TREES[task]
+    root, tree = Path(os.path.realpath(Path(root).expanduser())), TREES[task]
     places = [root / tree / tree, root / tree]
     if root.name not in set(TREES.values()) - {tree}:
         places.append(root)
