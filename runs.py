@@ -383,7 +383,7 @@ class Folder:
             state = {key: state[key] for key in ("config", "step", "ema")}
         if not self.finished:
             size = sum(getattr(x, "nbytes", 0) for x in tensors_of(state))
-            self.write(name, lambda f: torch.save(state, f), f"{size / 1e6:.0f} MB")
+            self.write(name, lambda f: torch.save(state, f), f"{size / 1e6:.1f} MB")
 
     def write_pictures(self, lines, shown, step):
         """curves.png of the log, and masks.png or samples.png of what an evaluation shows."""
