@@ -717,7 +717,7 @@ def test_the_command_prints_its_table_and_writes_its_numbers(known_machine, tmp_
     assert m["training images/s"] == pytest.approx(2 / m["seconds a training step"])
     a_pass = benchmark.flops_of_a_pass(tiny(image_size=64))
     embedded = embedder_flops(tiny(image_size=64))
-    flops = 3 * 2 * (2 * a_pass + embedded)  # two images, each embedded once for two noises
+    flops = 3 * 2 * (a_pass + embedded)  # two images
     assert m["training FLOP a step"] == flops
     share = m["training share of matrix product"]
     assert share == pytest.approx(flops / m["seconds a training step"] / 1e12)

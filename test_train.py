@@ -542,7 +542,7 @@ def test_sec21_a_synthesis_run_of_the_sde_is_evaluated_by_eq_7(go, no_pictures):
 @pytest.mark.parametrize(
     "words, much",
     [
-        ("--batch-size 1000000", "images at least 3.1 GB (--batch-size 1000000, --image-size 16, "),
+        ("--batch-size 1000000", "images at least 2.0 GB (--batch-size 1000000, --image-size 16, "),
         ("--set noises=1000 --batch-size 9999", "images at least 10.2 GB (--batch-size 9999, "),
         ("--ensemble 1000 --image-size 512", "images at least 2.1 GB (--batch-size 4, "),
         ("--set channels=800", "weights and optimiser take "),
