@@ -1,4 +1,4 @@
-r"""Three studies of §4.1 with trained networks. The first two never saw a mask.
+r"""Three studies of §4.1 with trained networks. The networks of the first two never saw a mask.
 
     python studies.py anomalies runs/synthesis-Normal-0      infections as what is not expected [12]
     python studies.py labels runs/synthesis-0 --task lung    masks from 5 to 50 labelled images [3]
@@ -10,7 +10,7 @@ labels     A pixel classifier on the run's activations, and the same U-Net from 
            trained on the same few labelled images.
 shares     How far a share may be off, said by the masks of a diffusion run or the probabilities of
            a supervised one: raw, and as a conformal interval. Several runs are one ensemble. They
-           were trained with --set held_out=5; the intervals are learned on what was held out.
+           were trained with --set held_out=0.2; intervals are learned on what was held out.
 
 Each prints a table of what it finds on validation. --out FILE writes all numbers as JSON.
 """
