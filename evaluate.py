@@ -256,8 +256,7 @@ def ensembles(model, cfg, split, rows, device, progress=None):
     def numbers(chunk, masks):
         inside, true = masks > 0, split.masks[chunk, None] > 127
         distance = torch.from_numpy(metrics.energy_distance(inside, true))
-        numbers = masks.mean(1).flatten(1), inside.flatten(2).sum(2), distance[:, None]
-        return torch.cat(numbers, 1)
+        return torch.cat([masks.mean(1).flatten(1), inside.flatten(2).sum(2), distance[:, None]], 1)
 
     parts = math.prod(shape), cfg.ensemble, 1
     found = sampled(numbers, (sum(parts),), model, cfg, split.images, rows, device, progress)

@@ -156,8 +156,13 @@ def shares(masks, whole=None):
     """
     masks = as_array(masks)
     part = masks.reshape(*masks.shape[:2], -1).sum(-1, dtype=np.float64)
-    pixels = masks[0, 0].size if whole is None else count(as_array(whole))[:, None]
-    return ratio(part, np.broadcast_to(pixels, part.shape).astype(np.float64))
+    return part / pixels_of(whole, masks[:, 0])[:, None]
+
+
+def pixels_of(whole, images):
+    """Pixels of each whole, (B,) float64, nan where it has none. None: of each image, (B, ...)."""
+    n = np.full(len(images), images[0].size) if whole is None else count(as_array(whole))
+    return np.where(n > 0, n, np.nan)
 
 
 def central_interval(samples, level=LEVEL):
@@ -236,8 +241,7 @@ def share_report(p, areas, true, whole=None):
     true   (B, 1, H, W) bool
     whole  (B, 1, H, W) bool, see shares
     """
-    pixels = true[0].size if whole is None else count(whole)[:, None]
-    x, y = areas / pixels, shares(true[:, None], whole)[:, 0]
+    x, y = areas / pixels_of(whole, true)[:, None], shares(true[:, None], whole)[:, 0]
     low, high = central_interval(x)
     estimates = {
         "mean of the masks": x.mean(1),

@@ -33,7 +33,7 @@ from devices import first_process_first, laid_out, processor, rank, world
 FILES = "config.json log.jsonl last.pt best.pt results.json table.md test.md".split()
 FILES += "curves.png masks.png samples.png".split()
 # What a killed write_whole leaves in a run folder
-TEMPORARY = r"\.(config|log|last|best|table|test|results|curves|masks|samples)\.\d+\.\w+"
+TEMPORARY = rf"\.({'|'.join(name.partition('.')[0] for name in FILES)})\.\d+\.\w+"
 
 # ---------------------------------------- files
 

@@ -243,7 +243,7 @@ def shares_of(networks, split, lungs, masks, device, progress):
     means, areas, _ = zip(*found)
     p, true = (torch.stack(means).double().numpy() + 1) / 2, split.masks > 127  # (K, n, 1, H, W)
     p, each = p.mean(0).clip(0, 1), metrics.shares(p.swapaxes(0, 1), lungs)
-    whole = np.full(len(rows), true[0].size) if lungs is None else metrics.count(lungs)
+    whole = metrics.pixels_of(lungs, true)
     if networks[0][1].supervised:
         variance = (p * (1 - p)).sum((1, 2, 3))
         spreads = {"pixels, independent": variance**0.5 / whole, "pixels, alike": variance / whole}
@@ -269,9 +269,9 @@ def intervals(held_out, new):
     facts = {"bias": float(error.mean()), "mean absolute error": float(abs(error).mean())}
     for name, spread in new.spreads.items():
         spread, before = np.maximum(spread, 1e-6), np.maximum(held_out.spreads[name], 1e-6)
-        ratios = (held_out.true - held_out.estimate) / before
-        half = metrics.conformal_factor(abs(ratios), np.ones(len(ratios))) * spread
-        law = new.estimate[:, None] + spread[:, None] * ratios
+        misses = held_out.true - held_out.estimate
+        half = metrics.conformal_factor(abs(misses), before) * spread
+        law = new.estimate[:, None] + spread[:, None] * (misses / before)
         row = {"spread": name} | new.quality | facts
         if new.samples is not None and name[0].isdigit():
             row["raw"] = interval_facts(*metrics.central_interval(new.samples), true)
