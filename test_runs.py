@@ -122,6 +122,16 @@ def test_a_run_goes_on_with_the_good_lines_of_a_damaged_log(go, words, no_pictur
     assert f"{path}: {2 * len(bad) + 1} damaged lines are left out\n" in capsys.readouterr().out
 
 
+def test_what_a_killed_write_leaves_is_known_by_its_name_for_every_file(tmp_path):
+    """And a hidden file of somebody else is not taken for it."""
+    temporaries = []
+    for name in runs.FILES:
+        runs.write_whole(tmp_path / name, lambda f: temporaries.append(f.name) or f.touch())
+    assert len(temporaries) == 10
+    assert all(re.fullmatch(runs.TEMPORARY, name) for name in temporaries)
+    assert not re.fullmatch(runs.TEMPORARY, ".notes.7.md")
+
+
 def test_a_log_is_cut_back_to_the_checkpoint_that_a_run_goes_on_from(tmp_path):
     """Killed after step 2 was logged, with a checkpoint of step 1: step 2 is logged once."""
     log = runs.Log(tmp_path / "log.jsonl")
