@@ -19,11 +19,11 @@ from score import sent
 
 
 class Batch(NamedTuple):
-    """B images, each with K noises. In a micro-batch (parts) x0, t and eps have B K rows instead.
+    """B images.
 
     x0   (B, 1, S, S) in [-1, 1]: what is noised, an X-ray (§3) or a mask (§4.1)
     y    (B, 1, S, S) in [-1, 1]: the X-ray that the mask belongs to; None in synthesis
-    t    (B, K) and eps (B, K, 1, S, S), see draws; None for a supervised network
+    t    (B,) and eps (B, 1, S, S), see draws; None for a supervised network
     """
 
     x0: torch.Tensor
@@ -36,17 +36,8 @@ class Batch(NamedTuple):
         return Batch(*(tensor if tensor is None else tensor[rows] for tensor in self))
 
     def parts(self, n):
-        """The batch in micro-batches of at most n images: [(Batch, number of images), ...].
-
-        Each image stands K times in a row, once for each noise. Its X-ray stands once.
-        """
-        B, parts = len(self.x0), []
-        for first in range(0, B, n):
-            x0, y, t, eps = part = self.rows(slice(first, first + n))
-            if t is not None:
-                part = Batch(x0.repeat_interleave(t.shape[1], 0), y, t.flatten(), eps.flatten(0, 1))
-            parts.append((part, len(x0)))
-        return parts
+        """The batch in micro-batches of at most n images."""
+        return [self.rows(slice(first, first + n)) for first in range(0, len(self.x0), n)]
 
 
 def batch(cfg, step, images, masks):
@@ -90,24 +81,23 @@ def generator(seed, purpose, *numbers):
 
 
 def draws(cfg, step, like):
-    """t (B, K) and eps (B, K, C, H, W) of Eq. (7) for batch `step`, K = cfg.noises noises an image.
+    """t (B,) and eps (B, C, H, W) of Eq. (7) for batch `step`.
 
     Both are on the CPU. Every process draws those of the whole batch: torch's generator cannot
     skip the rows of the others.
 
-    The K values of t of an image are stratified: one from each K-th of t's distribution.
     like  (B, C, H, W)
     t     int64 in 1..T; objective ncsn: the steps of its ten levels; vp: float64 in [1, T]
     """
-    g, K = generator(cfg.seed, Purpose.NOISE, step), cfg.noises
-    u = (torch.arange(K) + torch.rand(len(like), K, generator=g, dtype=torch.float64)) / K
+    g = generator(cfg.seed, Purpose.NOISE, step)
+    u = torch.rand(len(like), generator=g, dtype=torch.float64)
     t = (cfg.T * u ** (1 / cfg.t_power)).clamp(min=1)  # P(t <= k) = (k / T)^t_power
     if cfg.objective == "ncsn":
         steps = torch.tensor(score.ncsn_steps(cfg.T)[::-1])
         t = steps[(len(steps) * u ** (1 / cfg.t_power)).long()]
     if cfg.objective == "eps":
         t = t.ceil().long()
-    return t, torch.randn(len(like), K, *like.shape[1:], generator=g)
+    return t, torch.randn(like.shape, generator=g)
 
 
 # ---------------------------------------- augmentation

@@ -251,7 +251,7 @@ def measure(cfg, device, rounds, folder):
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     rates = machine_rates(device, dtype, rounds)
     product, convolution = rates["matrix product"], rates["convolution"]
-    step_flops = 3 * flops_of_passes(cfg, cfg.noises) * cfg.batch_size  # backward: twice forward
+    step_flops = 3 * flops_of_passes(cfg, 1) * cfg.batch_size  # backward: twice forward
     sample_flops = flops_of_passes(cfg, cfg.ensemble * cfg.ddim_steps) * n
     numbers = {
         "seconds a training step": seconds["step"],
@@ -305,11 +305,11 @@ def peer_step_that_fits(name, cfg, device):
 def compare(cfg, device, rounds):
     """Our network, also in float32, and those of the installed peers; a row for each that fits.
 
-    All are unconditional networks of one size, a peer's in float32. A step noises each image of a
-    batch once. Sampling is DDIM-10 of 8 images, by our sampler.
+    All are unconditional networks of one size, a peer's in float32. Sampling is DDIM-10
+    of 8 images, by our sampler.
     Rows: {network, parameters, step, sampling: seconds, memory: bytes}
     """
-    cfg = replace(cfg, task="synthesis", cond=None, ddim_steps=10, target="eps", noises=1)
+    cfg = replace(cfg, task="synthesis", cond=None, ddim_steps=10, target="eps")
     float32 = replace(cfg, precision="fp32")
     ours = {f"here, {c.precision}": c for c in (cfg, float32)}
     steps = {name: (training_job, c, device) for name, c in ours.items()}

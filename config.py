@@ -68,8 +68,6 @@ class Config:
                            "arXiv 2301.10972", None, {}, "diffusion", least=1e-3, most=1000)
     t_power: float = setting(1.0, "t has density t^(t_power - 1); 1: uniform", "Eq. (7)", None,
                              {"best masks": 4.0}, "diffusion", least=0.01, most=100)
-    noises: int = setting(1, "noisy copies of each image; its X-ray is embedded once",
-                          about="diffusion", least=1, most=1000)
     T: int = setting(1000, "diffusion steps", "§3.2", about="network", least=1, most=10**6)
 
     data: str = setting("", "folder of the images")
@@ -349,8 +347,9 @@ def check(cfg):
 
 
 def from_dict(settings):
-    """The Config of a checkpoint, also of a run made when --preset gave both size and recipe."""
+    """The Config of a checkpoint, also of one from when there were noises, or a preset for both."""
     settings = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+    settings.pop("noises", None)
     if "preset" in settings:
         preset, settings["max_grad_norm"] = settings.pop("preset"), settings.pop("clip")
         settings["size"] = "small" if preset == "small" else "report"

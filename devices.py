@@ -136,12 +136,11 @@ def shortage(network, cfg, device):
     an evaluation the noise and the masks of an ensemble, in float32.
     """
     free, weights = free_memory(device), 20 * sum(p.numel() for p in network.parameters())
-    copies = 2 if cfg.supervised else 1 + cfg.noises
-    images = max(cfg.batch_size * copies, 2 * cfg.ensemble) * 4 * cfg.image_size**2
+    images = 2 * max(cfg.batch_size, cfg.ensemble) * 4 * cfg.image_size**2
     if free is None or weights + images <= free:
         return None
     batch = f"--batch-size {cfg.batch_size}, --image-size {cfg.image_size}"
-    batch += f", --set noises={cfg.noises}, --ensemble {cfg.ensemble}"
+    batch += f", --ensemble {cfg.ensemble}"
     numbers = f"weights and optimiser take {weights / 1e9:.1f} GB (--set channels={cfg.channels})"
     numbers += f", images at least {images / 1e9:.1f} GB ({batch})"
     return f"{numbers}; {free / 1e9:.1f} GB are free"
@@ -173,8 +172,8 @@ def kept_by(model, cfg, device, n):
         if cfg.supervised:
             model(y)
         else:
-            t = torch.ones(n * cfg.noises, dtype=torch.long, device=device)
-            model(y.repeat_interleave(cfg.noises, 0), t, y if cfg.cond else None)
+            t = torch.ones(n, dtype=torch.long, device=device)
+            model(y, t, y if cfg.cond else None)
     return sum(storages.values())
 
 

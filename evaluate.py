@@ -289,13 +289,13 @@ def eq7_loss(model, cfg, split, device):
     s = diffusion.schedule(cfg.T, cfg.shift, device)
     rows = evaluated_rows(len(split.images), cfg.eval_images)
     x0 = data.to_float(split.images[rows])
-    as_eq7 = dict(seed=EVAL_SEED, t_power=1.0, noises=1, objective="eps")
-    t, eps = batches.draws(dataclasses.replace(cfg, **as_eq7), 0, x0)  # (n, 1), (n, 1, 1, H, W)
+    as_eq7 = dict(seed=EVAL_SEED, t_power=1.0, objective="eps")
+    t, eps = batches.draws(dataclasses.replace(cfg, **as_eq7), 0, x0)  # (n,), (n, 1, H, W)
 
     def summed_loss(i):
         with autocast(cfg, device):
-            x, noise = x0[i].to(device), eps[i, 0].to(device)
-            mean = diffusion.l_simple(s, model, x, None, t[i, 0], noise, cfg.target)
+            x, noise = x0[i].to(device), eps[i].to(device)
+            mean = diffusion.l_simple(s, model, x, None, t[i], noise, cfg.target)
         return float(mean) * len(i)
 
     losses = [loss for _, loss in in_chunks(summed_loss, np.arange(len(rows)), device)]

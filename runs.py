@@ -133,7 +133,8 @@ def read_checkpoint(path):
             rotten = records.testzip()  # torch.load compares no CRC-32; 0.6 s for 3.5 GB
         config.refuse(rotten, f"{rotten} in it is not what was written")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint |= {"config": config_of(checkpoint["config"]), "written": written}
+        facts = {"noises": checkpoint["config"].get("noises", 1), "written": written}
+        checkpoint |= {"config": config_of(checkpoint["config"])} | facts
         fault = fault_of(checkpoint)
     except Exception as e:
         why = " ".join(str(e).split())[:200] if isinstance(e, UserError) else type(e).__name__
@@ -258,6 +259,8 @@ def resumed(args):
     config.refuse_foreign(given, checkpoint["config"].model)
     cfg = dataclasses.replace(checkpoint["config"], **given)
     config.check(cfg)
+    rule = f"{folder} was trained with several noises an image, which is no more"
+    config.refuse(checkpoint["noises"] > 1 and cfg.steps > checkpoint["step"], rule)
     if cfg.steps < checkpoint["step"]:
         rule = f"--steps must be at least the {checkpoint['step']} steps that {folder} has taken"
         raise UserError(f"{rule}, got {cfg.steps}")

@@ -32,25 +32,18 @@ def test_a_batch_is_the_files_of_its_rows_with_the_noise_of_its_step(supervised)
     assert y is None and torch.equal(x0, data.to_float(images[rows]))
 
 
-def test_micro_batches_hold_each_image_k_times_with_its_own_noises_and_its_xray_once():
-    """5 images, 3 noises, at most 2 at once: 2, 2 and 1 images, every row beside its own t, eps."""
-    B, K = 5, 3
-    x0 = torch.arange(B).view(B, 1, 1, 1).float()
-    y, t = x0 + 100, torch.arange(B * K).view(B, K)
-    eps = t.view(B, K, 1, 1, 1) + 1000.0
-    parts = batches.Batch(x0, y, t, eps).parts(2)
-    assert [images for _, images in parts] == [2, 2, 1]
-    for i, (part, images) in enumerate(parts):
-        assert part.y.flatten().tolist() == [100 + 2 * i + row for row in range(images)]
-        assert part.x0.shape == part.eps.shape == (images * K, 1, 1, 1)
-    x0, y, t, eps = (torch.cat(tensors).flatten() for tensors in zip(*(part for part, _ in parts)))
-    assert t.tolist() == list(range(B * K)) and torch.equal(eps, t + 1000.0)
-    assert torch.equal(
-        x0, (t // K).float()
-    )  # t and eps of image i are the numbers i K to i K + K - 1
-    whole = batches.Batch(x0, None, None, None)
-    assert [(len(part.x0), images) for part, images in whole.parts(20)] == [(15, 15)]
-    assert whole.parts(20)[0][0].y is None
+def test_micro_batches_divide_the_images_each_beside_its_own_xray_t_and_eps():
+    """5 images, at most 2 at once: 2, 2 and 1. In synthesis there is no X-ray."""
+    x0 = torch.arange(5).view(5, 1, 1, 1).float()
+    parts = batches.Batch(x0, x0 + 100, x0.flatten() + 200, x0 + 300).parts(2)
+    assert [len(part.x0) for part in parts] == [2, 2, 1]
+    for part in parts:
+        number = part.x0.flatten()
+        assert torch.equal(part.y.flatten(), number + 100) and torch.equal(part.t, number + 200)
+        assert torch.equal(part.eps.flatten(), number + 300)
+    assert torch.equal(torch.cat([part.x0 for part in parts]), x0)
+    (whole,) = batches.Batch(x0, None, None, None).parts(20)
+    assert torch.equal(whole.x0, x0) and whole.y is None
 
 
 # ---------------------------------------- which images
@@ -90,17 +83,6 @@ def test_eq7_t_is_drawn_from_1_to_T_with_the_density_of_t_power(power):
         expected = (k / 4) ** power
         error = math.sqrt(expected * (1 - expected) / 20_000)
         assert (t <= k).double().mean() == pytest.approx(expected, abs=4 * error)
-
-
-def test_the_noises_of_an_image_share_out_the_times():
-    """Four noises: their t lie in the four quarters of t's distribution, in order; eps differ."""
-    t, eps = batches.draws(tiny(noises=4, t_power=2.0), 1, torch.zeros(3000, 1, 2, 2))
-    assert t.shape == (3000, 4) and eps.shape == (3000, 4, 1, 2, 2)
-    assert not torch.equal(eps[:, 0], eps[:, 1])
-    quarter = (t / 1000) ** 2 * 4
-    for k in range(4):
-        assert k < quarter[:, k].min() and quarter[:, k].max() <= k + 1.008
-        assert abs(quarter[:, k].mean() - k - 0.5) < 0.03
 
 
 def test_sec21_each_objective_draws_its_own_times():

@@ -55,7 +55,7 @@ def test_the_defaults_of_the_fields_are_the_numbers_of_the_report():
     images = dict(image_size=64, batch_size=512, epochs=100, lr=0.003, eval_images=512)
     network = dict(channels=192, channel_mult=(1, 2, 3, 4), blocks=2, head_channels=64, rrdbs=1)
     diffusion = dict(T=1000, attention_levels=(1, 2, 3), sampler="ddim", ddim_steps=50, ensemble=1)
-    eq7 = dict(objective="eps", target="eps", t_power=1, noises=1, shift=1)
+    eq7 = dict(objective="eps", target="eps", t_power=1, shift=1)
     off = dict(lr_decay="none", augment=0, eta=0, rrdb="report", stem="own")
     adamw = dict(weight_decay=0.01, warmup=200, max_grad_norm=1, ema=0.999)
     defaults = dataclasses.asdict(Config(task="lung"))
@@ -187,7 +187,7 @@ def test_the_command_line_has_at_most_28_flags_each_in_a_group_with_its_words(ca
 
 
 NAMES = ", ".join(
-    "shift t_power noises T augment held_out lr_decay warmup max_grad_norm weight_decay ema "
+    "shift t_power T augment held_out lr_decay warmup max_grad_norm weight_decay ema "
     "channels channel_mult blocks attention_levels head_channels growth rrdbs rrdb stem eta "
     "evaluations eval_every plan".split()
 )
@@ -337,7 +337,7 @@ def test_no_two_seeds_give_the_same_weights():
 # ---------------------------------------- what is shown
 
 
-OF_DIFFUSION = {"objective", "target", "shift", "t_power", "noises"}
+OF_DIFFUSION = {"objective", "target", "shift", "t_power"}
 OF_DIFFUSION |= {"sampler", "ddim_steps", "eta", "ensemble"}
 OF_THE_NETWORK = {"cond", "T", "channel_mult", "blocks", "attention_levels", "head_channels"}
 OF_THE_NETWORK |= {"growth", "rrdbs", "rrdb", "stem"}

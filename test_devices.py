@@ -1,6 +1,5 @@
 """The machine: precision, memory and several processes change no number of a run."""
 
-import dataclasses
 import functools
 import signal
 import weakref
@@ -149,7 +148,7 @@ def test_a_step_waits_for_no_copy_and_reads_nothing_back(objective, target, monk
 
     By Eq. (7) and by §2.1's losses, whose coefficients come from the CPU.
     """
-    cfg, sent = tiny(noises=2, target=target, augment=1.0, objective=objective), []
+    cfg, sent = tiny(target=target, augment=1.0, objective=objective), []
     images, masks = (torch.empty(8, 1, 16, 16, dtype=torch.uint8, device=META) for _ in range(2))
     exact = score.sent
     for module in (batches, score):
@@ -160,7 +159,7 @@ def test_a_step_waits_for_no_copy_and_reads_nothing_back(objective, target, monk
         batch = batches.batch(cfg, 1, images, masks)
         whole = 4 if objective == "eps" else 3  # rows, augmentation, eps; t of Eq. (7)
         assert copies.count == len(sent) == whole
-        for part, _ in batch.parts(3):
+        for part in batch.parts(3):
             loss(model, part).backward()
     in_parts = 0 if objective == "eps" else 2 * 3  # a, std and t of each
     assert copies.count == len(sent) == whole + in_parts
@@ -183,7 +182,7 @@ def test_sec21_no_float64_goes_to_the_device(objective):
     images = torch.empty(8, 1, 16, 16, dtype=torch.uint8, device=META)
     model, loss = config.without_memory(cfg), train.loss_of(cfg)
     with NoFloat64():
-        for part, _ in batches.batch(cfg, 1, images, images).parts(3):
+        for part in batches.batch(cfg, 1, images, images).parts(3):
             loss(model, part).backward()
 
 
@@ -234,10 +233,8 @@ def test_sec32_blocks_computed_again_keep_their_inputs_and_nothing_else():
     unet.recompute_blocks(model, True)
     numbers = sum(side**2 * sum(channels) // 8 for side, channels in enter.items())
     numbers += 64 * 64  # x_t, for the first convolution
-    for noises in (1, 3):
-        cfg = dataclasses.replace(cfg, noises=noises)
-        kept = devices.kept_for_backward(model, cfg, CPU)
-        assert kept == pytest.approx(noises * 4 * numbers, rel=1e-3)
+    kept = devices.kept_for_backward(model, cfg, CPU)
+    assert kept == pytest.approx(4 * numbers, rel=1e-3)
 
 
 class Allocations(TorchDispatchMode):
@@ -267,10 +264,10 @@ def peak_of_a_step(model, cfg, n):
     """Peak bytes of the forward and backward pass of n images, the gradients included."""
     model.zero_grad()
     pixels = torch.zeros(n, 1, cfg.image_size, cfg.image_size)
-    batch = batches.Batch(pixels, pixels, torch.ones(n, 1, dtype=torch.long), pixels[:, None])
+    batch = batches.Batch(pixels, pixels, torch.ones(n, dtype=torch.long), pixels)
     with Allocations() as allocations:
         with devices.autocast(cfg, CPU):
-            loss = train.loss_of(cfg)(model, batch.parts(n)[0][0])
+            loss = train.loss_of(cfg)(model, batch.parts(n)[0])
         loss.backward()
     return allocations.peak
 
@@ -375,9 +372,9 @@ def test_the_memory_decides_unless_told_and_says_so(monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(noises=3),
-        dict(noises=1, task="synthesis", cond=None),
-        dict(noises=2, model="report-unet"),
+        dict(),
+        dict(task="synthesis", cond=None),
+        dict(model="report-unet"),
     ],
     ids=str,
 )
@@ -454,14 +451,14 @@ def test_when_memory_runs_out_the_pieces_halve_and_the_step_is_the_same(monkeypa
         loss = exact(s, model, x0, *rest)
         return Backward.apply(loss) if len(x0) > 1 else loss
 
-    expected = step_with(exact, tiny(noises=1, micro_batch=1), monkeypatch)
-    assert torch.equal(step_with(small_memory, tiny(noises=1), monkeypatch), expected)
-    assert torch.equal(step_with(small_in_backward, tiny(noises=1), monkeypatch), expected)
+    expected = step_with(exact, tiny(micro_batch=1), monkeypatch)
+    assert torch.equal(step_with(small_memory, tiny(), monkeypatch), expected)
+    assert torch.equal(step_with(small_in_backward, tiny(), monkeypatch), expected)
     assert "from here on 1 images at once; the batch stays 4" in capsys.readouterr().out
     assert sizes == [4, 2, 2, 1, 1, 1, 1]
     rule = "out of memory with 2 images at once; try a smaller --micro-batch"
     with pytest.raises(UserError, match=rule):
-        step_with(small_in_backward, tiny(noises=1, micro_batch=2), monkeypatch)
+        step_with(small_in_backward, tiny(micro_batch=2), monkeypatch)
 
 
 def test_an_evaluation_that_does_not_fit_into_memory_takes_smaller_pieces():

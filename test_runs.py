@@ -290,7 +290,6 @@ WRONG_SETTINGS = dict(
     growth=[10**9],
     head_channels=[10**12],
     image_size=[10**9, 16.0],
-    noises=[10**12],
     channel_mult=[(1,) * 10**6, (10**9, 1, 1, 1), ("1", 1, 1, 1), (1.5, 1, 1, 1), 3],
     attention_levels=[(-1,), ("3",), (10**10,)],
     weight_decay=[math.inf, math.nan, None],
@@ -380,6 +379,17 @@ def test_a_run_with_a_preset_is_read_and_goes_on_with_the_same_numbers(lung_run,
         assert train.main(["--resume", str(folder), "--steps", "6"]) == 0
     assert_same(state_of(other), state_of(lung_run))
     assert json.dumps(log_of(other)) == json.dumps(log_of(lung_run))
+
+
+def test_a_run_of_several_noises_is_read_but_trains_no_further(lung_run, capsys):
+    """Its batches cannot be drawn any more; its masks can."""
+    state = torch.load(lung_run / "last.pt", weights_only=True)
+    state["config"]["noises"] = 2
+    torch.save(state, lung_run / "last.pt")
+    assert train.main(["--resume", str(lung_run), "--ensemble", "2"]) == 0
+    capsys.readouterr()
+    assert train.main(["--resume", str(lung_run), "--steps", "6"]) == 2
+    assert "several noises an image, which is no more" in capsys.readouterr().err
 
 
 # ---------------------------------------- going on

@@ -59,7 +59,7 @@ def test_the_network_sees_the_noised_mask_as_x0_and_the_xray_of_the_same_row_as_
     Here a mask is a function of its image, so that a mixed row shows.
     """
     seen, (images, masks) = Seen(monkeypatch), tensors(6)
-    trainer = train.Trainer(tiny(noises=1), CPU)
+    trainer = train.Trainer(tiny(), CPU)
     trainer.train_step(images, masks)
     x0, y = seen[0]
     assert x0.unique().tolist() == [-1, 1] and torch.equal(x0 > 0, y > 0)
@@ -75,7 +75,7 @@ def test_augmentation_changes_each_pair_of_a_step_by_the_seed_and_the_step_alone
     Another draw at every step.
     """
     seen, files = Seen(monkeypatch), tensors(4)
-    off, on = tiny(noises=1), tiny(noises=1, augment=1.0)
+    off, on = tiny(), tiny(augment=1.0)
     for cfg in (off, on, on):
         trainer = train.Trainer(cfg, CPU)
         trainer.train_step(*files)
@@ -90,7 +90,7 @@ def test_augmentation_changes_each_pair_of_a_step_by_the_seed_and_the_step_alone
         return x0, y
 
     monkeypatch.setattr(batches, "augment", augment)
-    half = tiny(noises=1, augment=0.5)
+    half = tiny(augment=0.5)
     for step in (1, 2):
         trainer = train.Trainer(half, CPU)
         trainer.step = step - 1
@@ -132,30 +132,6 @@ def test_the_gradient_does_not_depend_on_the_micro_batch_nor_on_recomputation():
         torch.testing.assert_close(g, gradients[0], rtol=1e-9, atol=1e-12)
 
 
-def test_several_noises_of_an_image_give_the_mean_of_their_gradients_and_one_embedding():
-    """K = 3, in micro-batches of 2 images: the mean of the three that know one noise.
-
-    An X-ray is embedded once.
-    """
-    cfg, embedded = tiny(noises=3, micro_batch=2, t_power=2.0), []
-    x0, y, t, eps = batch = whole_batch(cfg)
-    each = []
-    for k in range(3):
-        one_noise = batches.Batch(x0, y, t[:, k : k + 1], eps[:, k : k + 1])
-        trainer = train.Trainer(tiny(noises=1, t_power=2.0), CPU)
-        each.append(gradient_of(trainer, one_noise)[0])
-    trainer = train.Trainer(cfg, CPU)
-
-    def record(module, args, answer):
-        embedded.append(len(args[0]))
-
-    trainer.model.embedder.register_forward_hook(record)
-    together, _ = gradient_of(trainer, batch)
-    assert (each[0] - each[1]).norm() > 0.1 * together.norm() > 0
-    torch.testing.assert_close(together, sum(each) / 3, rtol=1e-6, atol=1e-9)
-    assert embedded == [2, 2] * 2  # gradient_of calls twice
-
-
 def test_sec44_the_gradient_of_a_supervised_network_is_that_of_its_loss_in_pieces_too():
     """No noise is drawn: micro-batches of 3 and 1 X-rays give the gradient of the loss on all 4."""
     cfg = tiny(model="unet", cond=None, micro_batch=3)
@@ -179,7 +155,7 @@ def test_the_loss_of_a_run_is_the_equations_and_its_step_tells_the_batchs_mean(h
     trainer = train.Trainer(cfg, CPU)
     batch = whole_batch(cfg)
     _, loss = gradient_of(trainer, batch)
-    (part, _), model = batch.parts(4)[0], trainer.model
+    (part,), model = batch.parts(4), trainer.model
     if cfg.supervised:
         expected = baselines.l_supervised(model(part.y), part.x0)
     elif cfg.objective == "vp":
@@ -543,7 +519,6 @@ def test_sec21_a_synthesis_run_of_the_sde_is_evaluated_by_eq_7(go, no_pictures):
     "words, much",
     [
         ("--batch-size 1000000", "images at least 2.0 GB (--batch-size 1000000, --image-size 16, "),
-        ("--set noises=1000 --batch-size 9999", "images at least 10.2 GB (--batch-size 9999, "),
         ("--ensemble 1000 --image-size 512", "images at least 2.1 GB (--batch-size 4, "),
         ("--set channels=800", "weights and optimiser take "),
     ],

@@ -121,14 +121,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         *parts, last = batch.parts(self.micro_batch)
         with devices.without_exchange(self.parallel):
-            losses = [self.backward(part, images) for part, images in parts]
-        return sum(losses) + self.backward(*last)
+            losses = [self.backward(part) for part in parts]
+        return sum(losses) + self.backward(last)
 
-    def backward(self, part, images):
+    def backward(self, part):
         """Backward pass of a micro-batch, weighted by its fraction of the batch, so that gradients
         add up to that of the mean. Returns the weighted loss."""
         with devices.autocast(self.cfg, self.device):
-            loss = self.loss(self.parallel, part) * (images / self.cfg.batch_size)
+            loss = self.loss(self.parallel, part) * (len(part.x0) / self.cfg.batch_size)
         devices.backward(loss)
         return loss.detach()
 

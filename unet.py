@@ -415,14 +415,8 @@ class ConditionalUNet(nn.Module):
         return self.unet(torch.cat([xt, e], 1), t)
 
     def forward(self, xt, t, y=None):
-        """xt (B, 1, H, W), t (B,) int64, y (B, 1, H, W) in [-1, 1] or None -> (B, 1, H, W).
-
-        y may hold B / K X-rays. Each is embedded once, and serves K masks in a row.
-        """
-        e = self.embed(y)
-        if e is not None:
-            e = e.repeat_interleave(len(xt) // len(e), 0)
-        return self.denoise(xt, t, e)
+        """xt (B, 1, H, W), t (B,) int64, y (B, 1, H, W) in [-1, 1] or None -> (B, 1, H, W)."""
+        return self.denoise(xt, t, self.embed(y))
 
 
 def patch_side(image_size):
