@@ -100,6 +100,21 @@ def exit_status(program, work, less_memory, left_behind):
 # ---------------------------------------- files
 
 
+def refuse_out(out, script, starts):
+    """UserError: --out cannot be written, or is a file of something else. None: nothing to write.
+
+    starts  what each result of this script starts with: such a file is replaced
+    """
+    if out is not None:
+        file = Path(out).absolute()
+        place = next(folder for folder in file.parents if folder.exists())
+        earlier = file.is_file() and file.read_bytes().startswith(starts.encode())
+        free = place.is_dir() and os.access(place, os.W_OK) and (earlier or not file.exists())
+        rule = f"--out must be a new file where one can be written, or a result of {script}"
+        if not free:
+            raise UserError(f"{rule}, got {out}")
+
+
 @contextlib.contextmanager
 def failure_named(path, size="room"):
     """UserError where a file cannot be written, with its path; torch says so in a RuntimeError."""

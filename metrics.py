@@ -310,17 +310,24 @@ def expected_calibration_error(p, true, bins=10):
 def dice_difference(a, b, rng, draws=2000):
     """How much higher the pooled DICE of a is than that of b, and how far chance alone moves it.
 
-    a, b  Counts of the same images by two networks, four (B,) arrays each
+    a, b  lists of Counts of the same B images, four (B,) arrays each: one for each seed, whose
+          pooled DICEs are averaged
     rng   numpy Generator
 
-    Returns the difference, and its standard error by paired bootstrap over the images: both are
+    Returns the difference, and its standard error by paired bootstrap over the images: all are
     pooled over the same B images, drawn `draws` times with replacement.
     """
-    B = len(a.TP)
-    times = rng.multinomial(B, np.full(B, 1 / B), draws)  # of each image
-    drawn = (scores(Counts(*(times @ n for n in counts)))["DICE index"] for counts in (a, b))
-    pooled = (scores(counts.pooled())["DICE index"] for counts in (a, b))
-    return next(pooled) - next(pooled), float(np.std(np.subtract(*drawn), ddof=1))
+    B = len(a[0].TP)
+
+    def dice(networks, times):  # of each image
+        drawn = (Counts(*(times @ n for n in counts)) for counts in networks)
+        return np.mean([scores(counts)["DICE index"] for counts in drawn], 0)
+
+    def difference(times):
+        return dice(a, times) - dice(b, times)
+
+    drawn = difference(rng.multinomial(B, np.full(B, 1 / B), draws))
+    return float(difference(np.ones(B, int))), float(np.std(drawn, ddof=1))
 
 
 # ---------------------------------------- synthesis: how far are two sets of X-rays?

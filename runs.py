@@ -54,6 +54,12 @@ def writable(path):
     return free and path.parent.is_dir() and os.access(path.parent, os.W_OK)
 
 
+def write_result(out, result, device):
+    """Write a dict, and where its numbers come from, as JSON to --out."""
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(Path(out), as_json(result | provenance(device)))
+
+
 class Log:
     """log.jsonl: a dict a line, each with its step. Process 0 writes it.
 

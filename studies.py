@@ -1,16 +1,12 @@
-r"""Three studies of §4.1 with trained networks. The networks of the first two never saw a mask.
+r"""Two studies of §4.1 with a trained network that never saw a mask.
 
     python studies.py anomalies runs/synthesis-Normal-0      infections as what is not expected [12]
     python studies.py labels runs/synthesis-0 --task lung    masks from 5 to 50 labelled images [3]
-    python studies.py shares runs/infection-concat-0         the infected share, and its interval
 
 anomalies  The run has learned --classes Normal. Its maps of what it does not expect in COVID-19
            X-rays, inside the lungs, are held against the true infections.
 labels     A pixel classifier on the run's activations, and the same U-Net from scratch, both
            trained on the same few labelled images.
-shares     How far a share may be off, said by the masks of a diffusion run or the probabilities of
-           a supervised one: raw, and as a conformal interval. Several runs are one ensemble. They
-           were trained with --set held_out=0.2; intervals are learned on what was held out.
 
 Each prints a table of what it finds on validation. --out FILE writes all numbers as JSON.
 """
@@ -18,8 +14,6 @@ Each prints a table of what it finds on validation. --out FILE writes all number
 import argparse
 import dataclasses
 import functools
-import math
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +35,7 @@ import probes
 import runs
 import train
 from config import refuse
-from console import Parser, exit_status, message, passes_line, path_of, progress_line
+from console import Parser, exit_status, message, path_of, progress_line, refuse_out
 from diffusion import Purpose
 
 # ---------------------------------------- anomaly maps [12]
@@ -213,89 +207,12 @@ def few_labels(model, cfg, task, root, device, labels, draws, images, progress):
     return found
 
 
-# ---------------------------------------- a share and its interval [1], [21]
-
-
-class Shares(NamedTuple):
-    """What one network, or several together, say about the shares of n X-rays."""
-
-    true: np.ndarray  # (n,)
-    estimate: np.ndarray  # (n,)
-    spreads: dict  # {how it was found: (n,)}, from 0 for certain
-    samples: np.ndarray | None  # (n, N) shares of N masks; None: one supervised network
-    quality: dict  # DICE of the mean mask, calibration error of its pixels
-
-
-def shares_of(networks, split, lungs, masks, device, progress):
-    """The Shares of all X-rays of a split by the networks [(model, cfg), ...] of one kind.
-
-    Diffusion: all networks together draw `masks` masks. The estimate is the mean of their shares,
-    the spread their standard deviation. Supervised: the estimate is the sum of the probabilities,
-    and the spread is what they give if pixels are independent, or all alike, or how several
-    networks differ.
-    lungs: (n, 1, H, W) bool, of which the shares are; None: of the picture
-    """
-    rows, K, found = np.arange(len(split.images)), len(networks), []
-    for k, (model, cfg) in enumerate(networks):
-        members = 1 if cfg.supervised else masks // K + (k < masks % K)
-        cfg = dataclasses.replace(cfg, ensemble=members)
-        found.append(evaluate.ensembles(model, cfg, split, rows, device, progress))
-    means, areas, _ = zip(*found)
-    p, true = (torch.stack(means).double().numpy() + 1) / 2, split.masks > 127  # (K, n, 1, H, W)
-    p, each = p.mean(0).clip(0, 1), metrics.shares(p.swapaxes(0, 1), lungs)
-    whole = metrics.pixels_of(lungs, true)
-    if networks[0][1].supervised:
-        variance = (p * (1 - p)).sum((1, 2, 3))
-        spreads = {"pixels, independent": variance**0.5 / whole, "pixels, alike": variance / whole}
-        spreads |= {f"{K} networks": each.std(1, ddof=1)} if K > 1 else {}
-        estimate, samples = each.mean(1), each if K > 1 else None
-    else:
-        samples = np.concatenate(areas, 1) / whole[:, None]
-        estimate, spreads = samples.mean(1), {f"{masks} masks": samples.std(1, ddof=1)}
-    dice = metrics.scores(metrics.confusion(p > 0.5, true).pooled())["DICE index"]
-    quality = {"DICE": dice, "calibration error": metrics.expected_calibration_error(p, true)}
-    return Shares(metrics.shares(true[:, None], lungs)[:, 0], estimate, spreads, samples, quality)
-
-
-def intervals(held_out, new):
-    """How good the intervals of `new` Shares are, a row for each spread: a list of dicts.
-
-    raw        the central interval of the samples, as they come
-    conformal  estimate ± factor spread, the factor learned on the held-out training images. Its law
-               for the CRPS is estimate + spread (true - estimate) / spread of each held-out image
-    """
-    rows, true = [], new.true
-    error = new.estimate - true
-    facts = {"bias": float(error.mean()), "mean absolute error": float(abs(error).mean())}
-    for name, spread in new.spreads.items():
-        spread, before = np.maximum(spread, 1e-6), np.maximum(held_out.spreads[name], 1e-6)
-        misses = held_out.true - held_out.estimate
-        half = metrics.conformal_factor(abs(misses), before) * spread
-        law = new.estimate[:, None] + spread[:, None] * (misses / before)
-        row = {"spread": name} | new.quality | facts
-        if new.samples is not None and name[0].isdigit():
-            row["raw"] = interval_facts(*metrics.central_interval(new.samples), true)
-            row["raw"]["CRPS"] = metrics.crps(new.samples, true)
-        row["conformal"] = interval_facts(new.estimate - half, new.estimate + half, true)
-        rows.append(row | {"conformal": row["conformal"] | {"CRPS": metrics.crps(law, true)}})
-    return rows
-
-
-def interval_facts(low, high, true):
-    """Coverage, mean width and interval score."""
-    width, score = float(np.mean(high - low)), metrics.interval_score(low, high, true)
-    return {"coverage": metrics.coverage(low, high, true), "width": width, "interval score": score}
-
-
 # ---------------------------------------- the command
 
 
 def table(result):
     """What a study found, as Markdown."""
-    if "maps" in result:
-        return table_of_maps(result["maps"])
-    rows = result["rows"]
-    return table_of_shares(rows) if rows and "spread" in rows[0] else table_of_labels(rows)
+    return table_of_maps(result["maps"]) if "maps" in result else table_of_labels(result["rows"])
 
 
 def table_of_maps(maps):
@@ -320,123 +237,60 @@ def table_of_labels(rows):
     return "\n".join(lines)
 
 
-def table_of_shares(rows):
-    """What `intervals` found, a row for each spread."""
-    names = ("raw: coverage", "width", "CRPS", "conformal: coverage", "width", "CRPS")
-    lines = [evaluate.row_of(["spread", "DICE", "bias", "mean absolute error", *names])]
-    lines.append("|---" * 10 + "|")
-    for row in rows:
-        cells = [row["spread"], f"{row['DICE']:.4f}", f"{row['bias']:+.4f}"]
-        cells.append(f"{row['mean absolute error']:.4f}")
-        for kind in ("raw", "conformal"):
-            found = row.get(kind) or dict.fromkeys(("coverage", "width", "CRPS"), math.nan)
-            cells += [f"{found['coverage']:.2f}", f"{found['width']:.4f}", f"{found['CRPS']:.5f}"]
-        lines.append(evaluate.row_of(cells).replace("nan", ""))
-    return "\n".join(lines)
-
-
 def parse(argv):
     """The command line -> argparse.Namespace."""
     formatter = argparse.RawDescriptionHelpFormatter
     p = Parser("studies.py", description=__doc__, formatter_class=formatter)
-    p.add_argument("study", choices=("anomalies", "labels", "shares"))
-    p.add_argument("runs", type=path_of, nargs="+", metavar="RUN", help="folders of trained runs")
+    p.add_argument("study", choices=("anomalies", "labels"))
+    p.add_argument("run", type=path_of, metavar="RUN", help="folder of a trained synthesis run")
     task = dict(choices=("lung", "infection"), default="infection")
     p.add_argument("--task", **task, help="labels: what the masks show; default %(default)s")
     number, counts = dict(type=int, metavar="N"), dict(nargs="+", default=[5, 10, 20, 50])
     p.add_argument("--labels", **number, **counts, help="numbers of labelled images")
     p.add_argument("--draws", **number, default=5, help="how often these images are drawn anew")
-    p.add_argument("--images", **number, default=64, help="of validation, at most; shares: all")
-    p.add_argument(
-        "--masks", **number, default=25, help="shares: of each X-ray; default %(default)s"
-    )
-    p.add_argument("--ddim-steps", **number, help="shares: passes a mask; default: the run's")
-    p.add_argument("--test", action="store_true", help="shares: of the Test split, not of Val")
+    p.add_argument("--images", **number, default=64, help="of validation, at most")
     p.add_argument("--data", type=path_of, metavar="DIR", help="COVID-QU-Ex; default: the run's")
     p.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
     p.add_argument("--out", type=path_of, metavar="FILE", help="write all numbers there as JSON")
     return p.parse_args(argv)
 
 
-def check(args, networks):
-    """Refuse numbers out of range, runs that have not learned what the study needs, a bad --out."""
-    for name in ("labels", "draws", "images", "masks"):
+def check(args, cfg):
+    """Refuse numbers out of range, a run that has not learned what the study needs, a bad --out."""
+    for name in ("labels", "draws", "images"):
         least = min(np.atleast_1d(getattr(args, name)))
         refuse(least < 1, f"--{name} must be at least 1, got {least}")
-    first = networks[0][1]
-    if args.study == "shares":
-        rule = f"--masks must be at least 2 for each of {len(networks)} runs, got {args.masks}"
-        refuse(args.masks < 2 * len(networks), rule)
-        alike = ("task", "supervised", "held_out", "image_size", "classes", "data")
-        for run, (_, cfg) in zip(args.runs, networks):
-            refuse(cfg.task == "synthesis", f"{run} draws X-rays; shares are of masks")
-            refuse(not cfg.held_out, f"{run} must be trained with --set held_out=0.2, got 0")
-            other = [name for name in alike if getattr(cfg, name) != getattr(first, name)]
-            refuse(other, f"{run} differs from {args.runs[0]} in {', '.join(other)}")
-    else:
-        run, rule = args.runs[0], f"{args.study} takes one run"
-        refuse(len(networks) > 1, f"{rule}, got {' '.join(args.runs)}")
-        refuse(first.task != "synthesis", f"{run} must be a synthesis run, got {first.task}")
-        rule = f"{run} must have learned healthy X-rays alone (--classes Normal)"
-        others = args.study == "anomalies" and first.classes != ("Normal",)
-        refuse(others, f"{rule}, got {', '.join(first.classes)}")
-    if args.out:
-        out = Path(args.out).absolute()
-        place = next(folder for folder in out.parents if folder.exists())
-        earlier = out.is_file() and out.read_bytes().startswith(b'{\n "study": ')
-        writable = place.is_dir() and os.access(place, os.W_OK) and (earlier or not out.exists())
-        rule = "--out must be a new file where one can be written, or a result of studies.py"
-        refuse(not writable, f"{rule}, got {args.out}")
+    rule = f"{args.run} must be a synthesis run, got {cfg.task}"
+    refuse(cfg.task != "synthesis", rule)
+    rule = f"{args.run} must have learned healthy X-rays alone (--classes Normal)"
+    others = args.study == "anomalies" and cfg.classes != ("Normal",)
+    refuse(others, f"{rule}, got {', '.join(cfg.classes)}")
+    refuse_out(args.out, "studies.py", STARTS)
 
 
-def shares(args, networks, root, device):
-    """The study of shares: a dict for results/."""
-    cfg, name = networks[0][1], "Test" if args.test else "Val"
-
-    def parts(masks=None):
-        which = (cfg.classes, cfg.image_size)
-        Train, new = (data.load(root, cfg.task, s, *which, masks=masks) for s in ("Train", name))
-        return data.divided(Train, cfg.held_out)[1], new
-
-    infection = cfg.task == "infection"
-    lungs = [split.masks > 127 for split in parts("lung masks")] if infection else (None, None)
-    both, masks = parts(), len(networks) if cfg.supervised else args.masks
-    passes, n = evaluate.passes_of(cfg), sum(len(split.images) for split in both)
-    progress = passes_line("segmenting: passes", n * masks * passes)
-    found = [shares_of(networks, s, w, args.masks, device, progress) for s, w in zip(both, lungs)]
-    facts = {"runs": args.runs, "task": cfg.task, "masks": masks, "passes": passes}
-    facts |= {"split": name, "images": len(found[1].true), "held out": len(found[0].true)}
-    return facts | {"rows": intervals(*found)}
+STARTS = '{\n "study": '  # what a result of studies.py starts with
 
 
 def carry_out(args):
     """The study that the command line asks for. Returns the exit status."""
     device = devices.choose_device(args.device)
-    networks = []
-    for run in args.runs:
-        model, cfg, step = runs.load_run(run, device)
-        cfg = dataclasses.replace(cfg, ddim_steps=args.ddim_steps or cfg.ddim_steps)
-        config.check(cfg)
-        networks.append((model, cfg))
-    check(args, networks)
+    model, cfg, step = runs.load_run(args.run, device)
+    check(args, cfg)
     cfg = phantoms.find_data(cfg, args.data)
-    task = {"anomalies": "infection", "labels": args.task, "shares": cfg.task}[args.study]
+    task = "infection" if args.study == "anomalies" else args.task
     if Path(cfg.data) == phantoms.PHANTOMS:
         phantoms.ensure_phantoms(task, progress_line("drawing phantoms"))
     how = (args.images, progress_line(args.study))
     if args.study == "anomalies":
         result = anomalies(model, cfg, cfg.data, device, *how)
-    elif args.study == "labels":
+    else:
         rows = few_labels(model, cfg, task, cfg.data, device, args.labels, args.draws, *how)
         result = {"task": task, "images": args.images, "rows": rows}
-    else:
-        result = shares(args, networks, cfg.data, device)
     kind = "phantoms" if cfg.phantoms else "X-rays"
-    message(f"{kind}, {' '.join(args.runs)}, step {step}\n\n{table(result)}")
+    message(f"{kind}, {args.run}, step {step}\n\n{table(result)}")
     if args.out:
         what = {"study": args.study, "data": kind, "step": step, "seed": cfg.seed}
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        runs.write_whole(Path(args.out), runs.as_json(what | result | runs.provenance(device)))
+        runs.write_result(args.out, what | result, device)
     return 0
 
 

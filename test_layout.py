@@ -20,6 +20,7 @@ LEVELS = [  # a module imports project modules of lower levels only
     {"evaluate", "runs"},
     {"train", "sample"},
     {"studies", "benchmark"},
+    {"compare"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 MOST_LINES = {"train": 400, "benchmark": 600}  # of 100 columns; of every other module 450

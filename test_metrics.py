@@ -491,10 +491,10 @@ def test_the_error_of_a_difference_of_dice_is_that_of_its_images():
     B, rng = 400, np.random.default_rng(0)
     TP, FP = rng.integers(900, 1000, B), np.full(B, 50)
     a = Counts(TP, FP, 1000 - TP, np.full(B, 3000))
-    assert dice_difference(a, a, rng) == (0, 0)
+    assert dice_difference([a], [a], rng) == (0, 0)
     worse = 100 * (np.arange(B) % 2)
     b = Counts(TP - worse, FP, a.FN + worse, a.TN)
-    difference, error = dice_difference(a, b, rng)
+    difference, error = dice_difference([a], [b], rng)
     dice_a, dice_b = (scores(c.pooled())["DICE index"] for c in (a, b))
     assert difference == pytest.approx(dice_a - dice_b, abs=1e-12) and difference > 0.02
 
@@ -505,4 +505,9 @@ def test_the_error_of_a_difference_of_dice_is_that_of_its_images():
     assert error == pytest.approx(delta, rel=0.1)
     apart = np.hypot(*(influence(c, d).std() / np.sqrt(B) for c, d in ((a, dice_a), (b, dice_b))))
     every = Counts(TP - 50, FP, a.FN + 50, a.TN)
-    assert dice_difference(a, every, rng)[1] < 0.1 * apart  # paired: what is common does not count
+    assert (
+        dice_difference([a], [every], rng)[1] < 0.1 * apart
+    )  # paired: what is common does not count
+    both = dice_difference([a, b], [every, every], rng)[0]  # two seeds: the mean of their DICE
+    dice_every = scores(every.pooled())["DICE index"]
+    assert both == pytest.approx((dice_a + dice_b) / 2 - dice_every, abs=1e-12)

@@ -1,0 +1,441 @@
+r"""Several trained runs on the same images: how good, how soon, how certain.
+
+    python compare.py dice runs/lung-report-unet-0 runs/lung-concat-0
+    python compare.py time runs/lung-report-unet-0 runs/lung-concat-0
+    python compare.py shares runs/infection-concat-0
+
+dice    The DICE of each on all of validation, how much higher it is than that of the first run, and
+        how far chance alone moves the difference.
+time    Minutes of training on this machine. The steps of all runs are timed in turns; the DICE at
+        each time is that of the run's own evaluations.
+shares  How far a share of the lungs may be off, said by the masks of diffusion or the probabilities
+        of a supervised network: raw, and as a conformal interval. Several runs are one ensemble.
+        They were trained with --set held_out=0.2; intervals are learned on what was held out.
+
+dice and time take runs that differ in their seed alone together, in one row. A run folder is named
+NAME-SEED. --out FILE writes all numbers as JSON; time draws its curves beside it, FILE.png.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import benchmark
+import config
+import data
+import devices
+import evaluate
+import metrics
+import phantoms
+import runs
+from config import refuse
+from console import (
+    Parser,
+    UserError,
+    exit_status,
+    message,
+    passes_line,
+    path_of,
+    refuse_out,
+)
+from evaluate import row_of
+
+# ---------------------------------------- the runs
+
+
+class Trained(NamedTuple):
+    """A trained run. name: of its folder, without the seed."""
+
+    run: str
+    name: str
+    model: torch.nn.Module
+    cfg: config.Config
+
+
+def read_run(run, device):
+    """The Trained of a run folder."""
+    model, cfg, _ = runs.load_run(run, device)
+    return Trained(run, Path(run).name.removesuffix(f"-{cfg.seed}"), model, cfg)
+
+
+def groups_of(trained):
+    """{name: runs that differ in their seed alone}, in the order given.
+
+    UserError: two runs of one name, NAME-SEED, differ in more.
+    """
+    groups = {}
+    for one in trained:
+        group = groups.setdefault(one.name, [])
+        group.append(one)
+        alike = [dataclasses.asdict(other.cfg) | dict(seed=0) for other in group]
+        other = [name for name, value in alike[0].items() if alike[-1][name] != value]
+        rule = f"{one.run} differs from {group[0].run} in {', '.join(other)}"
+        refuse(other, f"{rule}; give runs of different settings different names")
+        seeds = [other.cfg.seed for other in group]
+        again = one.cfg.seed in seeds[:-1]
+        refuse(again, f"{one.run}: a run named {one.name} has its seed, {one.cfg.seed}")
+    return groups
+
+
+def split_of(name, cfg, root, masks=None):
+    """The images that a comparison looks at, as data.Split: Val, Test, or what was held out."""
+    which = (cfg.classes, cfg.image_size)
+    if name != "held-out":
+        return data.load(root, cfg.task, name, *which, masks=masks)
+    return data.divided(data.load(root, cfg.task, "Train", *which, masks=masks), cfg.held_out)[1]
+
+
+# ---------------------------------------- DICE, and how far chance moves it
+
+
+def configure(cfg, way):
+    """A run's settings, sampled as a way says: (masks averaged, passes of each)."""
+    masks, passes = (1, cfg.ddim_steps) if cfg.supervised else way
+    return dataclasses.replace(cfg, ensemble=masks, ddim_steps=passes)
+
+
+def counts_of(trained, ways, split, device, progress):
+    """{way: metrics.Counts of each image of a split}; a supervised network has the way (1, 1)."""
+    rows, found = np.arange(len(split.images)), {}
+    for way in [(1, 1)] if trained.cfg.supervised else ways:
+        cfg = configure(trained.cfg, way)
+        mean = evaluate.segment(trained.model, cfg, split.images, rows, device, progress)
+        found[way] = metrics.confusion(mean, split.masks[rows] > 127)
+    return found
+
+
+def rows_of_dice(groups, counts):
+    """A row for each group and way: DICE of each seed, and its difference to the first row.
+
+    counts  {run: what counts_of returns}. A standard error is by bootstrap over the images.
+    """
+    first, rows = None, []
+    for name, group in groups.items():
+        for masks, passes in counts[group[0].run]:
+            each = [counts[one.run][masks, passes] for one in group]
+            dice = [metrics.scores(c.pooled())["DICE index"] for c in each]
+            row = {"name": name, "steps": group[0].cfg.steps, "masks": masks, "passes": passes}
+            row |= {"seeds": [one.cfg.seed for one in group], "DICE": dice}
+            if first:
+                difference, error = metrics.dice_difference(each, first, np.random.default_rng(0))
+                row |= {"difference": difference, "standard error": error}
+            first = first or each
+            rows.append(row)
+    return rows
+
+
+def spread(values):
+    """Mean ± standard deviation of several seeds; of one seed the number itself."""
+    sd = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{sd}"
+
+
+def table_of_dice(rows):
+    """What rows_of_dice returns, as Markdown."""
+    names = ("run", "steps", "seeds", "masks x passes", "DICE", "less the first row's")
+    lines = [row_of(names), "|---" * len(names) + "|"]
+    for row in rows:
+        cells = [row["name"], row["steps"], len(row["seeds"]), f"{row['masks']} x {row['passes']}"]
+        apart = (
+            f"{row['difference']:+.4f} ± {row['standard error']:.4f}" if "difference" in row else ""
+        )
+        lines.append(row_of([*map(str, cells), spread(row["DICE"]), apart]))
+    return "\n".join(lines)
+
+
+def dice(args, trained, root, device):
+    """The study of DICE: a dict for results/."""
+    groups, split = groups_of(trained), split_of(args.split, trained[0].cfg, root)
+    each = [1 if one.cfg.supervised else sum(m * n for m, n in args.ways) for one in trained]
+    progress = passes_line("segmenting: passes", len(split.images) * sum(each))
+    counts = {one.run: counts_of(one, args.ways, split, device, progress) for one in trained}
+    return {"images": len(split.images), "rows": rows_of_dice(groups, counts)}
+
+
+# ---------------------------------------- DICE against minutes
+
+
+def curve_of(one):
+    """{step: DICE of validation} in a run's log, sampled as its settings say. UserError: none."""
+    log, protocol = Path(one.run) / "log.jsonl", runs.protocol_of(one.cfg)
+    try:
+        lines = [json.loads(line) for line in log.read_bytes().splitlines()]
+        found = [e for e in lines if "Val" in e and e["protocol"] == protocol]
+        curve = {e["step"]: float(e["Val"]["pooled"]["DICE index"]) for e in found}
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise UserError(f"{log}: cannot be read, or is damaged ({type(e).__name__})") from e
+    refuse(not curve, f"{log}: holds no evaluation by the run's own settings")
+    return curve
+
+
+def rows_of_time(groups, seconds, reach):
+    """A row for each group: seconds a step, and DICE of validation over minutes of training.
+
+    seconds  {name: of a step}
+    reach    DICEs; a row says at how many minutes its evaluations first have them, mean of seeds
+    """
+    rows = []
+    for name, group in groups.items():
+        curves = [curve_of(one) for one in group]
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        mean = [float(np.mean([curve[step] for curve in curves])) for step in steps]
+        minutes = [step * seconds[name] / 60 for step in steps]
+        row = {"name": name, "seeds": [one.cfg.seed for one in group], "step": seconds[name]}
+        row |= {"passes": evaluate.passes_of(group[0].cfg), "minutes": minutes, "DICE": mean}
+        first = {str(d): next((m for m, v in zip(minutes, mean) if v >= d), None) for d in reach}
+        rows.append(row | {"reached": first})
+    return rows
+
+
+def table_of_time(rows):
+    """What rows_of_time returns, as Markdown."""
+    reached = list(rows[0]["reached"])
+    names = [
+        "run",
+        "passes",
+        "seconds a step",
+        "minutes",
+        "DICE",
+        *(f"min to {d}" for d in reached),
+    ]
+    lines = [row_of(names), "|---" * len(names) + "|"]
+    for row in rows:
+        cells = [row["name"], str(row["passes"]), f"{row['step']:.3f}"]
+        cells += [f"{row['minutes'][-1]:.1f}", f"{row['DICE'][-1]:.4f}"]
+        cells += ["" if m is None else f"{m:.1f}" for m in row["reached"].values()]
+        lines.append(row_of(cells))
+    return "\n".join(lines)
+
+
+def time(args, trained, root, device):
+    """The study of minutes: a dict for results/."""
+    groups = groups_of(trained)
+    configs = {name: group[0].cfg for name, group in groups.items()}
+    jobs = {name: (benchmark.training_job, cfg, device) for name, cfg in configs.items()}
+    seconds = benchmark.timed(jobs, device, args.rounds)
+    rows = rows_of_time(groups, seconds, args.reach)
+    return {"images": trained[0].cfg.eval_images, "rows": rows}
+
+
+def draw_time(rows, path, title):
+    """The curves of rows_of_time."""
+    import figures  # matplotlib takes a while to load
+
+    lines = {
+        f"{row['name']}, {row['passes']} passes": (row["minutes"], row["DICE"]) for row in rows
+    }
+    how = dict(xlabel="minutes of training", ylabel="DICE of validation", ylim=(0.9, 1.0))
+    picture = figures.plot(dict(lines=lines, style="both", **how), title=title, height=3.6)
+    runs.write_whole(path, lambda f: picture.savefig(f, dpi=150))
+
+
+# ---------------------------------------- a share and its interval [1], [21]
+
+
+class Shares(NamedTuple):
+    """What one network, or several together, say about the shares of n X-rays."""
+
+    true: np.ndarray  # (n,)
+    estimate: np.ndarray  # (n,)
+    spreads: dict  # {how it was found: (n,)}, from 0 for certain
+    samples: np.ndarray | None  # (n, N) shares of N masks; None: one supervised network
+    quality: dict  # DICE of the mean mask, calibration error of its pixels
+
+
+def shares_of(networks, split, lungs, masks, device, progress):
+    """The Shares of all X-rays of a split by the networks [(model, cfg), ...] of one kind.
+
+    Diffusion: all networks together draw `masks` masks. The estimate is the mean of their shares,
+    the spread their standard deviation. Supervised: the estimate is the sum of the probabilities,
+    and the spread is what they give if pixels are independent, or all alike, or how several
+    networks differ.
+    lungs: (n, 1, H, W) bool, of which the shares are; None: of the picture
+    """
+    rows, K, found = np.arange(len(split.images)), len(networks), []
+    for k, (model, cfg) in enumerate(networks):
+        members = 1 if cfg.supervised else masks // K + (k < masks % K)
+        cfg = dataclasses.replace(cfg, ensemble=members)
+        found.append(evaluate.ensembles(model, cfg, split, rows, device, progress))
+    means, areas, _ = zip(*found)
+    p, true = (torch.stack(means).double().numpy() + 1) / 2, split.masks > 127  # (K, n, 1, H, W)
+    p, each = p.mean(0).clip(0, 1), metrics.shares(p.swapaxes(0, 1), lungs)
+    whole = metrics.pixels_of(lungs, true)
+    if networks[0][1].supervised:
+        variance = (p * (1 - p)).sum((1, 2, 3))
+        spreads = {"pixels, independent": variance**0.5 / whole, "pixels, alike": variance / whole}
+        spreads |= {f"{K} networks": each.std(1, ddof=1)} if K > 1 else {}
+        estimate, samples = each.mean(1), each if K > 1 else None
+    else:
+        samples = np.concatenate(areas, 1) / whole[:, None]
+        estimate, spreads = samples.mean(1), {f"{masks} masks": samples.std(1, ddof=1)}
+    dice = metrics.scores(metrics.confusion(p > 0.5, true).pooled())["DICE index"]
+    quality = {"DICE": dice, "calibration error": metrics.expected_calibration_error(p, true)}
+    return Shares(metrics.shares(true[:, None], lungs)[:, 0], estimate, spreads, samples, quality)
+
+
+def intervals(held_out, new):
+    """How good the intervals of `new` Shares are, a row for each spread: a list of dicts.
+
+    raw        the central interval of the samples, as they come
+    conformal  estimate ± factor spread, the factor learned on the held-out training images. Its law
+               for the CRPS is estimate + spread (true - estimate) / spread of each held-out image
+    """
+    rows, true = [], new.true
+    error = new.estimate - true
+    facts = {"bias": float(error.mean()), "mean absolute error": float(abs(error).mean())}
+    for name, spread in new.spreads.items():
+        spread, before = np.maximum(spread, 1e-6), np.maximum(held_out.spreads[name], 1e-6)
+        misses = held_out.true - held_out.estimate
+        half = metrics.conformal_factor(abs(misses), before) * spread
+        law = new.estimate[:, None] + spread[:, None] * (misses / before)
+        row = {"spread": name} | new.quality | facts
+        if new.samples is not None and name[0].isdigit():
+            row["raw"] = interval_facts(*metrics.central_interval(new.samples), true)
+            row["raw"]["CRPS"] = metrics.crps(new.samples, true)
+        row["conformal"] = interval_facts(new.estimate - half, new.estimate + half, true)
+        rows.append(row | {"conformal": row["conformal"] | {"CRPS": metrics.crps(law, true)}})
+    return rows
+
+
+def interval_facts(low, high, true):
+    """Coverage, mean width and interval score."""
+    width, score = float(np.mean(high - low)), metrics.interval_score(low, high, true)
+    return {"coverage": metrics.coverage(low, high, true), "width": width, "interval score": score}
+
+
+def shares(args, trained, root, device):
+    """The study of shares: a dict for results/."""
+    networks = [(one.model, one.cfg) for one in trained]
+    cfg, names = trained[0].cfg, ("held-out", args.split)
+    both = [split_of(name, cfg, root) for name in names]
+    lungs = (
+        [split_of(name, cfg, root, "lung masks") for name in names]
+        if cfg.task == "infection"
+        else []
+    )
+    lungs = [split.masks > 127 for split in lungs] or (None, None)
+    masks = len(networks) if cfg.supervised else args.masks
+    passes, n = evaluate.passes_of(cfg), sum(len(split.images) for split in both)
+    progress = passes_line("segmenting: passes", n * masks * passes)
+    found = [shares_of(networks, s, w, args.masks, device, progress) for s, w in zip(both, lungs)]
+    facts = {"masks": masks, "passes": passes, "held out": len(both[0].images)}
+    return facts | {"images": len(both[1].images), "rows": intervals(*found)}
+
+
+# ---------------------------------------- the command
+
+
+def table(result):
+    """What a comparison found, as Markdown."""
+    tables = {"dice": table_of_dice, "time": table_of_time, "shares": table_of_shares}
+    return tables[result["compare"]](result["rows"])
+
+
+def table_of_shares(rows):
+    """What `intervals` found, a row for each spread."""
+    names = ("raw: coverage", "width", "CRPS", "conformal: coverage", "width", "CRPS")
+    lines = [evaluate.row_of(["spread", "DICE", "bias", "mean absolute error", *names])]
+    lines.append("|---" * 10 + "|")
+    for row in rows:
+        cells = [row["spread"], f"{row['DICE']:.4f}", f"{row['bias']:+.4f}"]
+        cells.append(f"{row['mean absolute error']:.4f}")
+        for kind in ("raw", "conformal"):
+            found = row.get(kind) or dict.fromkeys(("coverage", "width", "CRPS"), math.nan)
+            cells += [f"{found['coverage']:.2f}", f"{found['width']:.4f}", f"{found['CRPS']:.5f}"]
+        lines.append(evaluate.row_of(cells).replace("nan", ""))
+    return "\n".join(lines)
+
+
+def way(text):
+    """--ways: 9x2 is the mean of nine masks of two passes each, (9, 2)."""
+    if not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}", text):
+        raise argparse.ArgumentTypeError(f"must be masks x passes, such as 9x2, got {text}")
+    return tuple(map(int, text.split("x")))
+
+
+def parse(argv):
+    """The command line -> argparse.Namespace."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    p = Parser("compare.py", description=__doc__, formatter_class=formatter)
+    p.add_argument("compare", choices=("dice", "time", "shares"))
+    p.add_argument("runs", type=path_of, nargs="+", metavar="RUN", help="folders of trained runs")
+    ways = dict(type=way, nargs="+", default=[(1, 1), (1, 2), (9, 2), (1, 5)], metavar="MxN")
+    p.add_argument("--ways", **ways, help="dice: masks averaged x passes; default 1x1 1x2 9x2 1x5")
+    reach = dict(type=float, nargs="+", default=[0.95, 0.97], metavar="DICE")
+    p.add_argument("--reach", **reach, help="time: how soon these are reached")
+    number = dict(type=int, metavar="N")
+    p.add_argument("--rounds", **number, default=5, help="time: timed steps of each")
+    p.add_argument("--masks", **number, default=25, help="shares: of each X-ray")
+    p.add_argument("--ddim-steps", **number, help="shares: passes a mask; default: the run's")
+    split = dict(choices=("Val", "Test", "held-out"), default="Val")
+    p.add_argument("--split", **split, help="the images; held-out: what --set held_out kept")
+    p.add_argument("--data", type=path_of, metavar="DIR", help="COVID-QU-Ex; default: the runs'")
+    p.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
+    p.add_argument("--out", type=path_of, metavar="FILE", help="write all numbers there as JSON")
+    return p.parse_args(argv)
+
+
+def check(args, trained):
+    """Refuse numbers out of range, runs that cannot be compared, and a bad --out."""
+    for name in ("rounds", "masks"):
+        refuse(getattr(args, name) < 1, f"--{name} must be at least 1, got {getattr(args, name)}")
+    first, alike = trained[0].cfg, ["task", "image_size", "classes", "data", "held_out"]
+    if args.compare == "shares":
+        rule = f"--masks must be at least 2 for each of {len(trained)} runs, got {args.masks}"
+        refuse(args.masks < 2 * len(trained), rule)
+        alike += ["supervised"]
+    for run, _, _, cfg in trained:
+        refuse(cfg.task == "synthesis", f"{run} draws X-rays; compare.py is about masks")
+        rule = f"{run} must be trained with --set held_out=0.2, got 0"
+        needed = args.compare == "shares" or args.split == "held-out"
+        refuse(needed and not cfg.held_out, rule)
+        for way in args.ways:
+            config.check(configure(cfg, way))
+        other = [name for name in alike if getattr(cfg, name) != getattr(first, name)]
+        refuse(other, f"{run} differs from {trained[0].run} in {', '.join(other)}")
+    refuse_out(args.out, "compare.py", STARTS)
+
+
+STARTS = '{\n "compare": '  # what a result of compare.py starts with
+
+
+def carry_out(args):
+    """The comparison that the command line asks for. Returns the exit status."""
+    device = devices.choose_device(args.device)
+    trained = [read_run(run, device) for run in args.runs]
+    if args.ddim_steps:
+        cfgs = [dataclasses.replace(one.cfg, ddim_steps=args.ddim_steps) for one in trained]
+        trained = [one._replace(cfg=cfg) for one, cfg in zip(trained, cfgs)]
+    for one in trained:
+        config.check(one.cfg)
+    check(args, trained)
+    cfg = phantoms.find_data(trained[0].cfg, args.data)
+    study = {"dice": dice, "time": time, "shares": shares}[args.compare]
+    kind = "phantoms" if cfg.phantoms else "X-rays"
+    what = {"compare": args.compare, "data": kind, "split": args.split, "task": cfg.task}
+    what |= {"precision": cfg.precision, "runs": args.runs}
+    result = what | study(args, trained, cfg.data, device)
+    message(f"{kind}, {args.split}, {result['images']} images\n\n{table(result)}")
+    if args.out:
+        runs.write_result(args.out, result, device)
+        if args.compare == "time":
+            draw_time(result["rows"], Path(f"{args.out}.png"), f"{cfg.task} masks of {kind}")
+    return 0
+
+
+def main(argv=None):
+    args = parse(argv)
+    less_memory = "try --device cpu"
+    return exit_status("compare.py", lambda: carry_out(args), less_memory, "nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

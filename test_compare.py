@@ -1,0 +1,323 @@
+"""Runs side by side: rows from known counts, logs and shares, and what the commands print."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+import benchmark
+import compare
+import config
+import data
+import evaluate
+import metrics
+from console import UserError
+from metrics import Counts
+from testing import CPU, split, tiny
+
+
+def ignore(*_):
+    """A progress that shows nothing."""
+
+
+def trained(name, seed=0, model=None, **changes):
+    """A Trained run, without a network unless one is given."""
+    return compare.Trained(f"{name}-{seed}", name, model, tiny(seed=seed, **changes))
+
+
+# ---------------------------------------- the runs
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_row():
+    """In the order given; another setting, or one seed twice, is refused by name."""
+    a, b, c = trained("a", 0), trained("b", 0, steps=11), trained("a", 1)
+    assert compare.groups_of([b, a, c]) == {"b": [b], "a": [a, c]}
+    with pytest.raises(UserError, match="^a-2 differs from a-0 in lr, ema; give runs of different"):
+        compare.groups_of([a, trained("a", 2, lr=1.0, ema=0.5)])
+    with pytest.raises(UserError, match="^a-1: a run named a has its seed, 1$"):
+        compare.groups_of([a, c, c])
+
+
+def test_what_was_held_out_is_looked_at_and_never_what_was_learned(root, elsewhere):
+    """Half of Train: the other rows than those that a run with held_out=0.5 learns from."""
+    cfg = tiny(held_out=0.5)
+    everything = data.load(root, "lung", "Train", None, 16)
+    learned, expected = data.divided(everything, 0.5)
+    found = compare.split_of("held-out", cfg, root)
+    assert found.names == expected.names and not set(found.names) & set(learned.names)
+    np.testing.assert_array_equal(found.masks, expected.masks)
+    for name in ("Val", "Test"):
+        assert compare.split_of(name, cfg, root).names == data.load(root, "lung", name).names
+    lungs = compare.split_of(
+        "Val", tiny(task="infection", classes=("COVID-19",)), root, "lung masks"
+    )
+    where = dict(classes="COVID-19", image_size=16, masks="lung masks")
+    np.testing.assert_array_equal(lungs.masks, data.load(root, "infection", "Val", **where).masks)
+
+
+# ---------------------------------------- DICE
+
+
+def test_each_way_is_sampled_as_it_says_and_counted_image_by_image(monkeypatch):
+    """A mask that says how it was made: its first (masks + 10 passes) pixels; supervised once."""
+
+    def segment(model, cfg, images, rows, device, progress):
+        mask = torch.full((len(rows), 256), -1.0)
+        mask[:, : cfg.ensemble + 10 * cfg.ddim_steps] = 1
+        return mask.view(len(rows), 1, 16, 16)
+
+    monkeypatch.setattr(evaluate, "segment", segment)
+    of = split(3)
+    found = compare.counts_of(trained("a"), [(1, 2), (9, 3)], of, CPU, ignore)
+    assert list(found) == [(1, 2), (9, 3)]
+    for (masks, passes), counts in found.items():
+        inside = (of.masks > 127).reshape(3, -1)[:, : masks + 10 * passes]
+        np.testing.assert_array_equal(counts.TP, inside.sum(1))
+        np.testing.assert_array_equal(counts.TP + counts.FP, masks + 10 * passes)
+    supervised = trained("u", model="unet")
+    supervised = supervised._replace(cfg=dataclasses.replace(supervised.cfg, model="unet"))
+    assert list(compare.counts_of(supervised, [(1, 2), (9, 3)], of, CPU, ignore)) == [(1, 1)]
+
+
+def test_a_row_has_the_dice_of_each_seed_and_its_difference_to_the_first_row():
+    """By hand: DICE 2 TP / (2 TP + FP + FN) pooled over two images; seeds are averaged."""
+
+    def counts(TP):
+        TP = np.array(TP)
+        return Counts(TP, 0 * TP, 10 - TP, 90 + 0 * TP)
+
+    found = {"u-0": {(1, 1): counts([8, 8])}, "u-1": {(1, 1): counts([6, 8])}}
+    found["d-0"] = {(1, 2): counts([9, 9]), (9, 2): counts([10, 10])}
+    groups = {"u": [trained("u", 0), trained("u", 1)], "d": [trained("d", 0, steps=7)]}
+    first, one, nine = compare.rows_of_dice(groups, found)
+    u = [2 * 16 / (2 * 16 + 4), 2 * 14 / (2 * 14 + 6)]
+    assert first["DICE"] == pytest.approx(u) and first["seeds"] == [0, 1]
+    assert "difference" not in first
+    assert one["DICE"] == pytest.approx([36 / 38]) and nine["DICE"] == [1.0]
+    assert one["difference"] == pytest.approx(36 / 38 - np.mean(u))
+    assert (nine["masks"], nine["passes"], nine["steps"]) == (9, 2, 7)
+    lines = compare.table_of_dice([first, one, nine]).splitlines()
+    assert lines[2] == "| u | 10 | 2 | 1 x 1 | 0.8562 ± 0.0462 |  |"
+    assert lines[4].startswith("| d | 7 | 1 | 9 x 2 | 1.0000 | +0.1438 ± ")
+
+
+# ---------------------------------------- minutes
+
+
+def logged(folder, evaluations, **changes):
+    """A Trained run whose log has these evaluations, {step: DICE}, and others beside them."""
+    folder.mkdir()
+    one = trained(folder.name, **changes)._replace(run=str(folder))
+    protocol = compare.runs.protocol_of(one.cfg)
+    lines = [{"step": 1, "loss": 0.5, "lr": 0.1}]
+    for step, dice in evaluations.items():
+        lines.append({"step": step, "protocol": protocol, "Val": {"pooled": {"DICE index": dice}}})
+    nine = {"protocol": protocol | {"ensemble": 9}, "Val": {"pooled": {"DICE index": 1.0}}}
+    lines.append({"step": 20} | nine)
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return one
+
+
+def test_dice_over_minutes_is_the_mean_of_the_seeds_at_the_steps_of_all(tmp_path):
+    """Steps of 6 s: 10 and 20 are minutes 1 and 2. Reached: at the first that has it."""
+    a, b = (
+        logged(tmp_path / "a", {10: 0.9, 20: 0.96, 30: 0.99}),
+        logged(tmp_path / "b", {10: 0.8, 20: 0.94}),
+    )
+    (row,) = compare.rows_of_time({"a": [a, b]}, {"a": 6.0}, [0.85, 0.86, 0.95, 0.97])
+    assert row["minutes"] == pytest.approx([1, 2]) and row["DICE"] == pytest.approx([0.85, 0.95])
+    reached = {k: None if v is None else round(v, 6) for k, v in row["reached"].items()}
+    assert reached == {"0.85": 1, "0.86": 2, "0.95": 2, "0.97": None}
+    line = compare.table_of_time([row]).splitlines()[-1]
+    assert line == "| a | 2 | 6.000 | 2.0 | 0.9500 | 1.0 | 2.0 | 2.0 |  |"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"Val": 3, "protocol": 4}', '{"Val": {}}'])
+def test_a_log_that_is_damaged_is_named(text, tmp_path):
+    """Also none at all, and one without an evaluation."""
+    one = logged(tmp_path / "a", {10: 0.9})
+    log = tmp_path / "a" / "log.jsonl"
+    log.write_text(text)
+    with pytest.raises(UserError, match="log.jsonl: (cannot be read, or is damaged|holds no)"):
+        compare.curve_of(one)
+    log.unlink()
+    with pytest.raises(UserError, match=r"log.jsonl: cannot be read, .* \(FileNotFoundError\)"):
+        compare.curve_of(one)
+
+
+# ---------------------------------------- a share and its interval
+
+
+def gaussian_shares(n, spread_said, seed, N=25, bias=0.0):
+    """Shares whose error has a standard deviation of its own for each image.
+
+    The network says `spread_said` times that. Its samples are Gaussian.
+    """
+    rng = np.random.default_rng(seed)
+    true, sd = rng.uniform(0.3, 0.7, n), rng.uniform(0.01, 0.05, n)
+    middle = true + bias + sd * rng.standard_normal(n)
+    samples = middle[:, None] + spread_said * sd[:, None] * rng.standard_normal((n, N))
+    spreads = {"25 masks": spread_said * sd}
+    return compare.Shares(true, middle, spreads, samples, {"DICE": 0.9, "calibration error": 0.1})
+
+
+@pytest.mark.parametrize("said", [1.0, 0.4])
+def test_conformal_intervals_mend_a_spread_that_is_too_small(said):
+    """Errors N(0, sd^2): width 2 z mean sd, CRPS sd / sqrt(pi); raw, Phi of what was said."""
+    (row,) = compare.intervals(gaussian_shares(4000, said, 0), gaussian_shares(4000, said, 1))
+    z, sd = norm.ppf(0.95), 0.03
+    assert row["raw"]["coverage"] == pytest.approx(2 * norm.cdf(z * said) - 1, abs=0.05)
+    assert row["conformal"]["coverage"] == pytest.approx(0.9, abs=0.015)
+    assert row["conformal"]["width"] == pytest.approx(2 * z * sd, rel=0.05)
+    assert row["conformal"]["CRPS"] == pytest.approx(sd / np.sqrt(np.pi), rel=0.05)
+    assert row["raw"]["CRPS"] > row["conformal"]["CRPS"] - 1e-4 and abs(row["bias"]) < 0.002
+    assert row["mean absolute error"] == pytest.approx(sd * np.sqrt(2 / np.pi), rel=0.05)
+    assert (row["spread"], row["DICE"], row["calibration error"]) == ("25 masks", 0.9, 0.1)
+    (row,) = compare.intervals(*(gaussian_shares(4000, said, k, bias=0.05) for k in (0, 1)))
+    assert row["bias"] == pytest.approx(0.05, abs=0.002)  # too large a share is above 0
+
+
+@pytest.mark.parametrize("networks", [1, 2])
+@pytest.mark.parametrize("model", ["diffusion", "unet"])
+def test_the_shares_of_several_networks_are_those_of_one_ensemble(model, networks, monkeypatch):
+    """Known masks and probabilities: samples, estimate and spread by hand; 5 masks for 2 networks.
+
+    Shares are of the lungs, half the picture.
+    """
+    N, asked, rng = 3, [], np.random.default_rng(0)
+    p = rng.random((networks, N, 1, 4, 4))
+    true = np.uint8(255) * (rng.random((N, 1, 4, 4)) < 0.5)
+    lungs = np.zeros((N, 1, 4, 4), bool)
+    lungs[:, :, :2] = True
+    areas = [rng.integers(0, 9, (N, 5)).astype(float) for _ in range(networks)]
+
+    def ensembles(k, cfg, split, rows, device, progress):
+        asked.append(cfg.ensemble)
+        return torch.from_numpy(2 * p[k] - 1), areas[k][:, : cfg.ensemble], None
+
+    monkeypatch.setattr(evaluate, "ensembles", ensembles)
+    cfg = tiny(model=model, cond=None if model == "unet" else "concat")
+    split = data.Split(true, true, ["a", "b", "c"])
+    given = [(k, cfg) for k in range(networks)]
+    found = compare.shares_of(given, split, lungs, 5, CPU, ignore)
+    np.testing.assert_allclose(found.true, (true > 127).reshape(N, -1).sum(1) / 8)
+    mean = p.mean(0)
+    dice = metrics.scores(metrics.confusion(mean > 0.5, true > 127).pooled())["DICE index"]
+    assert found.quality["DICE"] == dice
+    if model == "diffusion":
+        assert asked == ([5] if networks == 1 else [3, 2])
+        samples = np.concatenate([a[:, :n] for a, n in zip(areas, asked)], 1) / 8
+        np.testing.assert_allclose(found.samples, samples)
+        np.testing.assert_allclose(found.estimate, samples.mean(1))
+        np.testing.assert_allclose(found.spreads["5 masks"], samples.std(1, ddof=1))
+    else:
+        assert asked == [1] * networks
+        sums, variance = p.reshape(networks, N, -1).sum(2), (mean * (1 - mean)).reshape(N, -1)
+        np.testing.assert_allclose(found.estimate, sums.mean(0) / 8)
+        np.testing.assert_allclose(found.spreads["pixels, alike"], variance.sum(1) / 8)
+        want = np.sqrt(variance.sum(1)) / 8
+        np.testing.assert_allclose(found.spreads["pixels, independent"], want)
+        assert (found.samples is None) == (networks == 1)
+        if networks == 2:
+            np.testing.assert_allclose(found.spreads["2 networks"], sums.std(0, ddof=1) / 8)
+
+
+def test_the_study_of_shares_learns_on_what_was_held_out(root, lung_run, monkeypatch, capsys):
+    """From the command to the table: the rows that each of the two gets; lungs of infections."""
+    seen = []
+
+    def shares_of(networks, split, lungs, masks, device, progress):
+        seen.append((split.names, lungs is not None and lungs.sum(), masks))
+        return gaussian_shares(20, 1.0, len(seen))
+
+    monkeypatch.setattr(compare, "shares_of", shares_of)
+    change(lung_run, task="infection", classes=("COVID-19",), held_out=0.5)
+    assert compare.main(["shares", str(lung_run), "--masks", "7", "--device", "cpu"]) == 0
+    Train, Val = (data.load(root, "infection", s, "COVID-19", 16) for s in ("Train", "Val"))
+    assert [names for names, *_ in seen] == [Train.names[1::2], Val.names]
+    lungs = data.load(root, "infection", "Val", "COVID-19", 16, masks="lung masks")
+    assert seen[1][1:] == ((lungs.masks > 127).sum(), 7)
+    row = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert row[0] == "| 25 masks" and row[1] == "0.9000" and len(row) == 10
+
+
+# ---------------------------------------- the command
+
+
+def change(run, **settings):
+    """Write other settings into a run's checkpoint."""
+    state = torch.load(run / "last.pt", weights_only=True)
+    state["config"] |= settings
+    torch.save(state, run / "last.pt")
+
+
+def test_the_commands_print_their_tables_and_write_their_numbers(
+    lung_run, tmp_path, monkeypatch, capsys
+):
+    """DICE on all images as evaluate.py has it; minutes with a picture; where they come from."""
+    monkeypatch.setattr(benchmark, "timed", lambda jobs, device, rounds: dict.fromkeys(jobs, 3.0))
+    shutil.copytree(lung_run, tmp_path / "other")
+    change(tmp_path / "other", eval_images=5)
+    out, runs = tmp_path / "new" / "numbers.json", [str(lung_run), str(tmp_path / "other")]
+    words = ["--device", "cpu", "--out", str(out)]
+    assert compare.main(["dice", *runs, "--ways", "2x2", *words]) == 0
+    numbers = json.loads(out.read_text())
+    assert {"compare", "commit", "hardware", "torch", "data", "split", "runs"} <= numbers.keys()
+    assert compare.table(numbers) in capsys.readouterr().out and numbers["images"] == 15
+    model, cfg, _ = compare.runs.load_run(lung_run)
+    every = dataclasses.replace(cfg, ensemble=2, eval_images=15)
+    Val = {"Val": data.load(cfg.data, "lung", "Val", None, 16)}
+    report, _ = evaluate.evaluate_masks(model, every, Val, CPU)
+    assert numbers["rows"][0]["DICE"] == [report["Val"]["pooled"]["DICE index"]]
+    assert numbers["rows"][1]["difference"] == 0 and (numbers["data"], numbers["split"]) == (
+        "X-rays",
+        "Val",
+    )
+    assert compare.main(["time", runs[0], *words]) == 0
+    numbers = json.loads(out.read_text())
+    assert numbers["rows"][0]["minutes"] == pytest.approx([0.1, 0.2])  # evaluated at 2 and 4
+    assert compare.table(numbers) in capsys.readouterr().out
+    assert (tmp_path / "new" / "numbers.json.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "message"),
+    [
+        ("dice", dict(task="synthesis", cond=None), "draws X-rays; compare.py is about masks"),
+        ("shares", {}, "must be trained with --set held_out=0.2, got 0"),
+        ("dice --split held-out", {}, "must be trained with --set held_out=0.2, got 0"),
+        ("shares --masks 1", {}, "--masks must be at least 2 for each of 1 runs, got 1"),
+        ("time --rounds 0", {}, "--rounds must be at least 1, got 0"),
+        ("dice --out {run}/log.jsonl", {}, "--out must be a new file where one can be written"),
+        ("dice --ddim-steps 5000", {}, "--ddim-steps must be between 1 and T = 1000"),
+        ("dice --ways 1x5000", {}, "--ddim-steps must be between 1 and T = 1000"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(lung_run, words, changes, message, capsys):
+    """The rule and the offending value."""
+    if changes:
+        cfg = dataclasses.replace(compare.runs.load_run(lung_run)[1], **changes)
+        weights = config.build_model(cfg).state_dict()
+        state = {"config": dataclasses.asdict(cfg), "step": 4, "ema": weights}
+        torch.save(state, lung_run / "last.pt")
+    study, *rest = words.format(run=lung_run).split()
+    assert compare.main([study, str(lung_run), *rest, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("compare.py: error: ") and message in error and error.count("\n") == 1
+
+
+def test_runs_of_two_tasks_are_not_compared(lung_run, tmp_path, capsys):
+    """Nor what is not masks x passes."""
+    other = shutil.copytree(lung_run, tmp_path / "other")
+    change(other, task="infection", classes=("COVID-19",))
+    assert compare.main(["dice", str(lung_run), str(other), "--device", "cpu"]) == 2
+    assert f"{other} differs from {lung_run} in task, classes" in capsys.readouterr().err
+    for way in ("9", "9x0", "x2", "9x2x2", "-1x2"):
+        with pytest.raises(SystemExit) as stopped:
+            compare.main(["dice", str(lung_run), f"--ways={way}"])
+        assert stopped.value.code == 2
+        assert f"must be masks x passes, such as 9x2, got {way}" in capsys.readouterr().err
