@@ -46,6 +46,7 @@ from console import (
     path_of,
     refuse_out,
 )
+from diffusion import Purpose, philox
 from evaluate import row_of
 
 # ---------------------------------------- the runs
@@ -98,8 +99,7 @@ def split_of(name, cfg, root, masks=None):
 
 def configure(cfg, way):
     """A run's settings, sampled as a way says: (masks averaged, passes of each)."""
-    masks, passes = (1, cfg.ddim_steps) if cfg.supervised else way
-    return dataclasses.replace(cfg, ensemble=masks, ddim_steps=passes)
+    return dataclasses.replace(cfg, ensemble=way[0], ddim_steps=way[1])
 
 
 def counts_of(trained, ways, split, device, progress):
@@ -125,7 +125,8 @@ def rows_of_dice(groups, counts):
             row = {"name": name, "steps": group[0].cfg.steps, "masks": masks, "passes": passes}
             row |= {"seeds": [one.cfg.seed for one in group], "DICE": dice}
             if first:
-                difference, error = metrics.dice_difference(each, first, np.random.default_rng(0))
+                rng = philox(evaluate.EVAL_SEED, Purpose.BOOTSTRAP, 0)
+                difference, error = metrics.dice_difference(each, first, rng)
                 row |= {"difference": difference, "standard error": error}
             first = first or each
             rows.append(row)
@@ -314,14 +315,13 @@ def interval_facts(low, high, true):
 def shares(args, trained, root, device):
     """The study of shares: a dict for results/."""
     networks = [(one.model, one.cfg) for one in trained]
-    cfg, names = trained[0].cfg, ("held-out", args.split)
-    both = [split_of(name, cfg, root) for name in names]
-    lungs = (
-        [split_of(name, cfg, root, "lung masks") for name in names]
-        if cfg.task == "infection"
-        else []
-    )
-    lungs = [split.masks > 127 for split in lungs] or (None, None)
+    cfg = trained[0].cfg
+
+    def parts(masks=None):
+        return [split_of(name, cfg, root, masks) for name in ("held-out", args.split)]
+
+    both, infection = parts(), cfg.task == "infection"
+    lungs = [split.masks > 127 for split in parts("lung masks")] if infection else (None, None)
     masks = len(networks) if cfg.supervised else args.masks
     passes, n = evaluate.passes_of(cfg), sum(len(split.images) for split in both)
     progress = passes_line("segmenting: passes", n * masks * passes)

@@ -311,6 +311,7 @@ class Purpose(enum.IntEnum):
     LABELS = 8  # which images have labels
     FROM_SCRATCH = 9  # the batches of those images
     AMBIGUOUS = 10  # pictures whose mask is uncertain
+    BOOTSTRAP = 11  # which images are counted how often
 
 
 def philox(seed, purpose, i, member=0):

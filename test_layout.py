@@ -199,6 +199,7 @@ PURPOSES = {  # each function that begins a stream of random numbers: what it na
     "diffusion.philox": set(),  # these three hand on the purpose that they are given
     "diffusion.seed_of": set(),
     "batches.generator": set(),
+    "compare.rows_of_dice": {"BOOTSTRAP"},
     "config.build_model": set(),  # these three have the seed alone
     "evaluate.evaluated_rows": set(),
     "evaluate.distances_to_held_out": set(),
