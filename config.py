@@ -74,7 +74,8 @@ class Config:
     phantoms: bool = setting(False, "whether the images are generated")
     classes: tuple = setting(CLASSES, "which images", "§3.1", IMAGES, DEFAULT_CLASSES)
     image_size: int = setting(64, "side of an image in pixels", "§3.1", IMAGES, least=1, most=4096)
-    augment: float = setting(0.0, "strength of the augmentation; 0: none", least=0, most=2)
+    augment: float = setting(0.0, "strength of the augmentation; 0: none", "", None,
+                             {"best infection": 1.0}, least=0, most=2)
     held_out: float = setting(0.0, "share of Train kept to stand for Val", least=0, most=0.5)
 
     steps: int = setting(0, "gradient steps, instead of epochs", "§4.4, §4.5", TRAINING,

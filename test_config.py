@@ -68,10 +68,12 @@ def test_the_defaults_of_the_fields_are_the_numbers_of_the_report():
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("task", TASKS)
 def test_recipe_best_changes_these_settings_alone_at_either_size(task, size):
-    """It predicts v at a falling rate; masks also get more noise and two passes."""
+    """It predicts v at a falling rate; masks get more noise, two passes; infections are moved."""
     expected = dict(recipe="best", target="v", lr_decay="cosine")
     if task != "synthesis":
         expected |= dict(t_power=4.0, ddim_steps=2)
+    if task == "infection":
+        expected |= dict(augment=1.0)
     words = f"--task {task} --size {size} --recipe"
     assert changes(f"{words} report", f"{words} best") == expected
 
