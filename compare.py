@@ -254,10 +254,10 @@ class Shares(NamedTuple):
 def shares_of(networks, split, lungs, masks, device, progress):
     """The Shares of all X-rays of a split by the networks [(model, cfg), ...] of one kind.
 
-    Diffusion: all networks together draw `masks` masks. The estimate is the mean of their shares,
-    the spread their standard deviation. Supervised: the estimate is the sum of the probabilities,
-    and the spread is what they give if pixels are independent, or all alike, or how several
-    networks differ.
+    Diffusion: all networks together draw `masks` masks, and the estimate is the mean of their
+    shares. Supervised: it is the sum of the probabilities. The spread is the standard deviation of
+    the masks, or of several networks; or what the probabilities, those of the mean mask in
+    diffusion, give if pixels are independent, or all alike.
     lungs: (n, 1, H, W) bool, of which the shares are; None: of the picture
     """
     rows, K, found = np.arange(len(split.images)), len(networks), []
@@ -269,14 +269,14 @@ def shares_of(networks, split, lungs, masks, device, progress):
     p, true = (torch.stack(means).double().numpy() + 1) / 2, split.masks > 127  # (K, n, 1, H, W)
     p, each = p.mean(0).clip(0, 1), metrics.shares(p.swapaxes(0, 1), lungs)
     whole = metrics.pixels_of(lungs, true)
+    variance = (p * (1 - p)).sum((1, 2, 3))
+    spreads = {"pixels, independent": variance**0.5 / whole, "pixels, alike": variance / whole}
     if networks[0][1].supervised:
-        variance = (p * (1 - p)).sum((1, 2, 3))
-        spreads = {"pixels, independent": variance**0.5 / whole, "pixels, alike": variance / whole}
         spreads |= {f"{K} networks": each.std(1, ddof=1)} if K > 1 else {}
         estimate, samples = each.mean(1), each if K > 1 else None
     else:
         samples = np.concatenate(areas, 1) / whole[:, None]
-        estimate, spreads = samples.mean(1), {f"{masks} masks": samples.std(1, ddof=1)}
+        estimate, spreads = samples.mean(1), {f"{masks} masks": samples.std(1, ddof=1)} | spreads
     dice = metrics.scores(metrics.confusion(p > 0.5, true).pooled())["DICE index"]
     quality = {"DICE": dice, "calibration error": metrics.expected_calibration_error(p, true)}
     return Shares(metrics.shares(true[:, None], lungs)[:, 0], estimate, spreads, samples, quality)

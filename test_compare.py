@@ -208,6 +208,10 @@ def test_the_shares_of_several_networks_are_those_of_one_ensemble(model, network
     mean = p.mean(0)
     dice = metrics.scores(metrics.confusion(mean > 0.5, true > 127).pooled())["DICE index"]
     assert found.quality["DICE"] == dice
+    sums, variance = p.reshape(networks, N, -1).sum(2), (mean * (1 - mean)).reshape(N, -1)
+    np.testing.assert_allclose(found.spreads["pixels, alike"], variance.sum(1) / 8)
+    want = np.sqrt(variance.sum(1)) / 8
+    np.testing.assert_allclose(found.spreads["pixels, independent"], want)
     if model == "diffusion":
         assert asked == ([5] if networks == 1 else [3, 2])
         samples = np.concatenate([a[:, :n] for a, n in zip(areas, asked)], 1) / 8
@@ -216,11 +220,7 @@ def test_the_shares_of_several_networks_are_those_of_one_ensemble(model, network
         np.testing.assert_allclose(found.spreads["5 masks"], samples.std(1, ddof=1))
     else:
         assert asked == [1] * networks
-        sums, variance = p.reshape(networks, N, -1).sum(2), (mean * (1 - mean)).reshape(N, -1)
         np.testing.assert_allclose(found.estimate, sums.mean(0) / 8)
-        np.testing.assert_allclose(found.spreads["pixels, alike"], variance.sum(1) / 8)
-        want = np.sqrt(variance.sum(1)) / 8
-        np.testing.assert_allclose(found.spreads["pixels, independent"], want)
         assert (found.samples is None) == (networks == 1)
         if networks == 2:
             np.testing.assert_allclose(found.spreads["2 networks"], sums.std(0, ddof=1) / 8)
