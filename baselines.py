@@ -46,19 +46,22 @@ class UNet2015(nn.Module):
 
     Max pooling leads down, a 2x2 up-convolution leads up.
 
-    channels  of the first level, 64 in [15]; they double at each
-    y         sides divisible by 16
+    channels        of the first level, 64 in [15]; they double at each
+    image_channels  of y and the logits: 1 but in patches.py
+    y               sides divisible by 16
     """
 
     shrinks = 16  # how many times smaller the lowest level is
 
-    def __init__(self, channels=64):
+    def __init__(self, channels=64, image_channels=1):
         super().__init__()
         widths = [channels * m for m in (1, 2, 4, 8, 16)]
-        self.down = nn.ModuleList([two_convolutions(a, b) for a, b in zip([1, *widths], widths)])
+        self.down = nn.ModuleList(
+            [two_convolutions(a, b) for a, b in zip([image_channels, *widths], widths)]
+        )
         self.up = nn.ModuleList([nn.ConvTranspose2d(w, w // 2, 2, stride=2) for w in widths[:0:-1]])
         self.merge = nn.ModuleList([two_convolutions(w, w // 2) for w in widths[:0:-1]])
-        self.head = nn.Conv2d(channels, 1, 1)
+        self.head = nn.Conv2d(channels, image_channels, 1)
 
     def forward(self, y):
         skips = [self.down[0](y)]
@@ -118,15 +121,16 @@ class Res50AttUNet(nn.Module):
 
     Each skip passes an attention gate.
 
-    channels  of the stem, 64 in ResNet-50
-    y         sides divisible by 32
+    channels        of the stem, 64 in ResNet-50
+    image_channels  of y and the logits: 1 but in patches.py
+    y               sides divisible by 32
     """
 
     shrinks = 32
 
-    def __init__(self, channels=64):
+    def __init__(self, channels=64, image_channels=1):
         super().__init__()
-        self.stem = nn.Sequential(convolution(1, channels, 7, stride=2), nn.ReLU())
+        self.stem = nn.Sequential(convolution(image_channels, channels, 7, stride=2), nn.ReLU())
         self.stages, skips = nn.ModuleList(), [channels]
         for i, blocks in enumerate((3, 4, 6, 3)):
             c = channels * 2**i
@@ -142,7 +146,7 @@ class Res50AttUNet(nn.Module):
             self.merge.append(two_convolutions(c_skip + c, c))
             C = c
         enlarge = nn.ConvTranspose2d(C, C, 2, stride=2)
-        self.head = nn.Sequential(enlarge, two_convolutions(C, C), nn.Conv2d(C, 1, 1))
+        self.head = nn.Sequential(enlarge, two_convolutions(C, C), nn.Conv2d(C, image_channels, 1))
 
     def forward(self, y):
         skips = [self.stem(y)]

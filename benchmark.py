@@ -36,10 +36,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import baselines
 import config
+import console
 import data
 import devices
 import diffusion
 import evaluate
+import patches
 import peers
 import phantoms
 import runs
@@ -145,7 +147,7 @@ def flops_of_a_pass(cfg):
     """Of one image through the U-Net; counted on torch's meta device, which computes nothing."""
     net = config.without_memory(cfg).unet
     with torch.device("meta"):
-        xt = torch.empty(1, net.in_channels, cfg.image_size, cfg.image_size)
+        xt = torch.empty(1, net.in_channels, *2 * [patches.positions_of(cfg.image_size)])
         return flops_of(net, xt, torch.ones(1, dtype=torch.long))
 
 
@@ -305,8 +307,7 @@ def peer_step_that_fits(name, cfg, device):
 def compare(cfg, device, rounds):
     """Our network, also in float32, and those of the installed peers; a row for each that fits.
 
-    All are unconditional networks of one size, a peer's in float32. Sampling is DDIM-10
-    of 8 images, by our sampler.
+    All are unconditional, of one size, a peer's in float32. Sampling: DDIM-10 of 8, our sampler.
     Rows: {network, parameters, step, sampling: seconds, memory: bytes}
     """
     cfg = replace(cfg, task="synthesis", cond=None, ddim_steps=10, target="eps")
@@ -543,8 +544,7 @@ def configure(args, device):
     for name in ("rounds", "decode"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
-    if args.out and not runs.writable(Path(args.out)):
-        raise UserError(f"--out must be a file in a folder that takes one, got {args.out}")
+    console.refuse_out(args.out, "benchmark.py", '{\n "config": ')
     words = ["--task", "lung"]
     for name in ("size", "recipe", "batch_size", "ddim_steps", "precision"):
         if getattr(args, name) is not None:
@@ -587,7 +587,7 @@ def main(argv=None):
             for done, (name, numbers) in enumerate(parts(args, cfg, device, Path(folder)), 1):
                 result[name] = numbers
                 if args.out:
-                    runs.write_whole(Path(args.out), runs.as_json(result))
+                    runs.write_result(args.out, result, device)
                 progress(done, total)
         message(tables(result))
         return 0

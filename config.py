@@ -16,9 +16,10 @@ import torch
 import baselines
 import devices
 import diffusion
+import patches
 from console import Parser, UserError, path_of
 from data import CLASSES, DEFAULT_CLASSES
-from unet import CONDITIONINGS, ConditionalUNet, begin_as_addition
+from unet import CONDITIONINGS, begin_as_addition
 
 TASKS = ("synthesis", "lung", "infection")
 MODELS = ("diffusion", *baselines.U_NETS, "report-unet")  # all but the first answer in one pass
@@ -65,7 +66,8 @@ class Config:
     target: str = setting("eps", "what the network predicts", "Eq. (7)", LEARN,
                           {"best": "v"}, "diffusion", choices=diffusion.TARGETS)
     shift: float = setting(1.0, "signal-to-noise ratio times shift^2; below 1: more noise",
-                           "arXiv 2301.10972", None, {}, "diffusion", least=1e-3, most=1000)
+                           "arXiv 2301.10972", None, {"best large": 0.25}, "diffusion",
+                           least=1e-3, most=1000)
     t_power: float = setting(1.0, "t has density t^(t_power - 1); 1: uniform", "Eq. (7)", None,
                              {"best masks": 4.0}, "diffusion", least=0.01, most=100)
     T: int = setting(1000, "diffusion steps", "§3.2", about="network", least=1, most=10**6)
@@ -244,7 +246,7 @@ def configure(args, device):
 
 
 def words_of(given, device):
-    """What the cases of the settings speak of: the task, masks, published, no GPU, small, ..."""
+    """What the cases of the settings speak of: the task, masks, large, published, no GPU, ..."""
     words = {given["task"]}
     if device.type != "cuda":
         words |= {"no", "GPU"}
@@ -252,6 +254,8 @@ def words_of(given, device):
         words |= {"fast", "bf16"}
     if given["task"] != "synthesis":
         words.add("masks")
+    if given.get("image_size", 0) > patches.POSITIONS:
+        words.add("large")
     if given.get("model") in baselines.U_NETS:
         words.add("published")
     for name in ("size", "recipe", "objective", "sampler"):
@@ -329,8 +333,8 @@ def check(cfg):
     rule = f"--set rrdbs and rrdb are about the embedder, and --cond {cond} has none"
     has_rrdbs = (cfg.rrdbs, cfg.rrdb) != (1, "report")
     refuse(cond in (None, "none") and has_rrdbs, f"{rule}, got {cfg.rrdbs} and {cfg.rrdb}")
-    rule = "--set stem=add is about --cond concat"
-    refuse(cfg.stem == "add" and cond != "concat", f"{rule}, got --cond {cond}")
+    rule, large = "--set stem=add is about --cond concat up to 64x64", cfg.image_size > 64
+    refuse(cfg.stem == "add" and (cond != "concat" or large), f"{rule}, got --cond {cond}")
     if cfg.model in baselines.U_NETS:
         shrinks = baselines.U_NETS[cfg.model].shrinks
         rule = f"--image-size must be divisible by {shrinks} for --model {cfg.model}"
@@ -366,19 +370,14 @@ def build_model(cfg):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)  # its low 32 bits; cfg.seed has no others
         if cfg.model in baselines.U_NETS:
-            return baselines.U_NETS[cfg.model](cfg.channels)
-        net = ConditionalUNet(
-            cfg.cond,
-            growth=cfg.growth,
-            rrdbs=cfg.rrdbs,
-            segdiff=cfg.rrdb == "segdiff",
-            image_size=cfg.image_size,
-            channels=cfg.channels,
-            channel_mult=cfg.channel_mult,
-            blocks=cfg.blocks,
-            attention_at=tuple(cfg.image_size >> level for level in cfg.attention_levels),
-            head_channels=cfg.head_channels,
-        )
+            kind = baselines.U_NETS[cfg.model]
+            return patches.supervised_unet(kind, cfg.channels, cfg.image_size)
+        names = "image_size growth rrdbs channels channel_mult blocks head_channels".split()
+        settings = {name: getattr(cfg, name) for name in names}
+        positions = patches.positions_of(cfg.image_size)
+        attention_at = tuple(positions >> level for level in cfg.attention_levels)
+        settings |= dict(segdiff=cfg.rrdb == "segdiff", attention_at=attention_at)
+        net = patches.conditional_unet(cfg.cond, **settings)
         if cfg.stem == "add":
             begin_as_addition(net)
         return baselines.OnePass(net, cfg.T) if cfg.supervised else net

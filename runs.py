@@ -15,7 +15,6 @@ import dataclasses
 import json
 import math
 import operator
-import os
 import platform
 import re
 import subprocess
@@ -46,12 +45,6 @@ def as_json(content):
 def as_text(text):
     """What write_whole calls to write this text and a newline."""
     return lambda path: path.write_text(text + "\n", encoding="utf-8")
-
-
-def writable(path):
-    """Whether write_whole can write a new file there, or replace the file that is there."""
-    free = path.is_file() or not path.exists()
-    return free and path.parent.is_dir() and os.access(path.parent, os.W_OK)
 
 
 def write_result(out, result, device):

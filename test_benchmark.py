@@ -795,9 +795,9 @@ REFUSALS = [
     ("--channels 6", "head_channels must divide"),
     ("--batch-size 0", "--batch-size must be between 1 and 1000000, got 0"),
     ("--device abacus", "--device must be cuda, mps or cpu, got abacus"),
-    ("--out no/such/folder/b.json", "--out must be a file in a folder that takes one, got no/such"),
-    ("--out .", "--out must be a file in a folder that takes one, got ."),
-    ("--out /dev/null", "--out must be a file in a folder that takes one, got /dev/null"),
+    ("--out README.md", "--out must be a new file where one can be written, or a result of"),
+    ("--out .", "or a result of benchmark.py, got ."),
+    ("--out /dev/null", "or a result of benchmark.py, got /dev/null"),
 ]
 
 

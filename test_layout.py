@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent
 LEVELS = [  # a module imports project modules of lower levels only
     {"diffusion", "rrdb", "metrics", "console", "figures", "peers"},
     {"unet", "score", "data", "probes"},
-    {"ambiguous", "baselines", "batches", "devices", "phantoms"},
+    {"ambiguous", "baselines", "batches", "devices", "patches", "phantoms"},
     {"config"},
     {"evaluate", "runs"},
     {"train", "sample"},

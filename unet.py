@@ -382,21 +382,32 @@ class ConditionalUNet(nn.Module):
     None          x_t alone: unconditional, §3          1
 
     features, growth, rrdbs, segdiff  of the embedder (rrdb.py); the rest as UNet
+    image_channels                    C of x_t, y and the answer: 1, but in patches.py
     """
 
-    def __init__(self, cond, features=16, growth=32, rrdbs=1, segdiff=False, image_size=64, **unet):
+    def __init__(
+        self,
+        cond,
+        features=16,
+        growth=32,
+        rrdbs=1,
+        segdiff=False,
+        image_size=64,
+        image_channels=1,
+        **unet,
+    ):
         super().__init__()
         if cond not in (*CONDITIONINGS, None):
             raise ValueError(f"cond must be one of {CONDITIONINGS} or None, got {cond!r}")
-        self.cond, self.patch = cond, patch_side(image_size)
+        self.cond, self.patch, C = cond, patch_side(image_size), image_channels
         self.embedder = None
         if cond in ("add", "lift", "concat", "cross"):
-            self.embedder = ConditionEmbedder(1, features, growth, rrdbs, segdiff)
-        in_channels = dict(add=features, lift=features, concat=1 + features, none=2, cross=1)
-        C = in_channels.get(cond, 1)  # x_t alone without a condition
+            self.embedder = ConditionEmbedder(C, features, growth, rrdbs, segdiff)
+        of_cond = dict(add=features, lift=features, concat=C + features, none=2 * C)
+        in_channels = of_cond.get(cond, C)  # x_t alone by cross-attention, or without a condition
         tokens = features * self.patch**2 if cond == "cross" else 0
-        self.unet = UNet(C, image_size=image_size, context_channels=tokens, **unet)
-        self.lift = nn.Conv2d(1, features, 3, padding=1) if cond == "lift" else None
+        self.unet = UNet(in_channels, C, image_size=image_size, context_channels=tokens, **unet)
+        self.lift = nn.Conv2d(C, features, 3, padding=1) if cond == "lift" else None
 
     def embed(self, y):
         """What the U-Net needs of the X-ray y, once for all steps: RRDB(y), y itself, or None."""
@@ -424,10 +435,7 @@ def patch_side(image_size):
 
     It divides the image's side, and is at most a sixteenth of it (or 1).
     """
-    side = max(1, image_size // 16)
-    while image_size % side:
-        side -= 1
-    return side
+    return max(s for s in range(1, max(2, image_size // 16 + 1)) if image_size % s == 0)
 
 
 def begin_as_addition(model):
