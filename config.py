@@ -333,8 +333,8 @@ def check(cfg):
     rule = f"--set rrdbs and rrdb are about the embedder, and --cond {cond} has none"
     has_rrdbs = (cfg.rrdbs, cfg.rrdb) != (1, "report")
     refuse(cond in (None, "none") and has_rrdbs, f"{rule}, got {cfg.rrdbs} and {cfg.rrdb}")
-    rule, large = "--set stem=add is about --cond concat up to 64x64", cfg.image_size > 64
-    refuse(cfg.stem == "add" and (cond != "concat" or large), f"{rule}, got --cond {cond}")
+    rule = "--set stem=add is about --cond concat"
+    refuse(cfg.stem == "add" and cond != "concat", f"{rule}, got --cond {cond}")
     if cfg.model in baselines.U_NETS:
         shrinks = baselines.U_NETS[cfg.model].shrinks
         rule = f"--image-size must be divisible by {shrinks} for --model {cfg.model}"

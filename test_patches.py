@@ -7,7 +7,7 @@ import baselines
 import config
 from patches import PatchedUNet, PatchUNet, patch_of, positions_of, to_patches, to_pixels
 from testing import CPU, shake
-from unet import CONDITIONINGS, ConditionalUNet
+from unet import CONDITIONINGS, ConditionalUNet, begin_as_addition
 
 TINY = dict(channels=8, channel_mult=(1, 2), blocks=1, attention_at=(4,), head_channels=8)
 
@@ -55,6 +55,21 @@ def test_the_network_on_patches_is_that_of_section_4_2_with_the_pixels_of_a_patc
     found = net(x, t, None if cond is None else y)
     assert torch.equal(found, expected) and found.shape == x.shape
     assert found.std() > 0.01
+
+
+def test_concatenation_on_patches_can_begin_as_addition():
+    """p = 2: with the kernels that it is given, it answers what addition does."""
+    add, concat = (PatchUNet(cond, 2, 16, growth=4, **TINY) for cond in ("add", "concat"))
+    shake(add)
+    begin_as_addition(concat)
+    first = concat.unet.stem.weight.detach()
+    weights = add.state_dict()
+    weights["unet.stem.weight"] = first[:, 4:]  # of RRDB(y); those of x_t follow from it
+    add.load_state_dict(weights)
+    concat.load_state_dict(weights | {"unet.stem.weight": first})
+    x, y = torch.randn(2, 2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([3, 700])
+    torch.testing.assert_close(concat(x, t, y), add(x, t, y), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", baselines.U_NETS)

@@ -444,7 +444,7 @@ def begin_as_addition(model):
     Concatenation contains addition as a special case: the kernel of x_t is the sum of the kernels
     of the embedding's channels. Without this, x_t's kernel is as small as one channel's of RRDB(y).
     """
-    stem = model.unet.stem
-    # As torch draws them for "add"
-    kernels = nn.Conv2d(stem.in_channels - 1, stem.out_channels, 3).weight.detach()
-    stem.weight.data = torch.cat([kernels.sum(1, keepdim=True), kernels], 1)
+    stem, features = model.unet.stem, model.embedder.lift.out_channels
+    kernels = nn.Conv2d(features, stem.out_channels, 3).weight.detach()  # as "add" draws them
+    of_xt = kernels.unflatten(1, (-1, stem.in_channels - features)).sum(1)
+    stem.weight.data = torch.cat([of_xt, kernels], 1)
