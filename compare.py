@@ -86,12 +86,11 @@ def groups_of(trained):
     return groups
 
 
-def split_of(name, cfg, root, masks=None):
-    """The images that a comparison looks at, as data.Split: Val, Test, or what was held out."""
-    which = (cfg.classes, cfg.image_size)
-    if name != "held-out":
-        return data.load(root, cfg.task, name, *which, masks=masks)
-    return data.divided(data.load(root, cfg.task, "Train", *which, masks=masks), cfg.held_out)[1]
+def split_of(name, one, root, masks=None):
+    """The images that a comparison looks at, as data.Split: Val, Test, or what a run held out."""
+    cfg, place = dataclasses.replace(one.cfg, data=root), "Train" if name == "held-out" else name
+    split = phantoms.splits_of(cfg, (place,), one.run, masks)[place]
+    return data.divided(split, cfg.held_out)[1] if name == "held-out" else split
 
 
 # ---------------------------------------- DICE, and how far chance moves it
@@ -154,7 +153,7 @@ def table_of_dice(rows):
 
 def dice(args, trained, root, device):
     """The study of DICE: a dict for results/."""
-    groups, split = groups_of(trained), split_of(args.split, trained[0].cfg, root)
+    groups, split = groups_of(trained), split_of(args.split, trained[0], root)
     each = [1 if one.cfg.supervised else sum(m * n for m, n in args.ways) for one in trained]
     progress = passes_line("segmenting: passes", len(split.images) * sum(each))
     counts = {one.run: counts_of(one, args.ways, split, device, progress) for one in trained}
@@ -318,7 +317,7 @@ def shares(args, trained, root, device):
     cfg = trained[0].cfg
 
     def parts(masks=None):
-        return [split_of(name, cfg, root, masks) for name in ("held-out", args.split)]
+        return [split_of(name, trained[0], root, masks) for name in ("held-out", args.split)]
 
     both, infection = parts(), cfg.task == "infection"
     lungs = [split.masks > 127 for split in parts("lung masks")] if infection else (None, None)

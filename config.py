@@ -21,7 +21,8 @@ from console import Parser, UserError, path_of
 from data import CLASSES, DEFAULT_CLASSES
 from unet import CONDITIONINGS, begin_as_addition
 
-TASKS = ("synthesis", "lung", "infection")
+TASKS = ("synthesis", "lung", "infection", "masks")  # the last: of your own images
+NOT_OF = {task: ("group", "threshold") for task in TASKS} | {"masks": ("classes",)}  # settings
 MODELS = ("diffusion", *baselines.U_NETS, "report-unet")  # all but the first answer in one pass
 SIZES, RECIPES = ("report", "small"), ("report", "best")
 OBJECTIVES = ("eps", "ncsn", "vp")
@@ -76,13 +77,15 @@ class Config:
     phantoms: bool = setting(False, "whether the images are generated")
     classes: tuple = setting(CLASSES, "which images", "§3.1", IMAGES, DEFAULT_CLASSES)
     image_size: int = setting(64, "side of an image in pixels", "§3.1", IMAGES, least=1, most=4096)
+    group: str = setting("", "REGEX that finds the patient in the name of an image", group=IMAGES)
+    threshold: int = setting(0, "inside a mask is N or more; 0: none", least=0, most=65535)
     augment: float = setting(0.0, "strength of the augmentation; 0: none", "", None,
                              {"best infection": 1.0}, least=0, most=2)
     held_out: float = setting(0.0, "share of Train kept to stand for Val", least=0, most=0.5)
 
     steps: int = setting(0, "gradient steps, instead of epochs", "§4.4, §4.5", TRAINING,
-                         {"small synthesis": 1500, "small lung": 850, "small infection": 1700},
-                         least=0, most=10**12)
+                         {"own": 4000, "small synthesis": 1500, "small lung": 850,
+                          "small infection": 1700, "small own": 850}, least=0, most=10**12)
     epochs: float = setting(100.0, "passes over the training images, instead of steps",
                             "§4.4, §4.5", TRAINING, {"infection": 2400.0}, least=1e-3, most=10**6)
     batch_size: int = setting(512, "images a step", "§4.4", TRAINING, {"small": 16},
@@ -163,7 +166,7 @@ def parse(argv, description=None):
     titles = (LEARN, IMAGES, TRAINING, SAMPLING, MACHINE, RUN)
     add = {title: p.add_argument_group(title).add_argument for title in titles}
     path = dict(type=path_of, metavar="DIR")
-    add[IMAGES]("--data", **path, help="COVID-QU-Ex; default ./COVID-QU-Ex, else phantoms")
+    add[IMAGES]("--data", **path, help="yours, or COVID-QU-Ex; default ./COVID-QU-Ex or phantoms")
     for name in FLAGS:
         add[SETTINGS[name].metadata["group"]](flag(name), **argument(SETTINGS[name]))
     add[SAMPLING]("--test", action="store_true", help="evaluate the Test split too, at the end")
@@ -181,7 +184,7 @@ def argument(field):
     facts, kind, default = field.metadata, field.type, field.default
     if kind is tuple:
         default = ", ".join(default)
-    cases = {case: ", ".join(v) if kind is tuple else v for case, v in facts["cases"].items()}
+    cases = {k: ", ".join(v) or "none" if kind is tuple else v for k, v in facts["cases"].items()}
     defaults = [f"{case}: {value}" for case, value in cases.items() if value not in (None, default)]
     notes = [facts["section"], f"default {default}" if default else "", *defaults]
     text = f"{facts['words']} ({'; '.join(filter(None, notes))})".replace(" ()", "")
@@ -247,7 +250,7 @@ def configure(args, device):
 
 def words_of(given, device):
     """What the cases of the settings speak of: the task, masks, large, published, no GPU, ..."""
-    words = {given["task"]}
+    words = {given["task"], "own"} if given["task"] == "masks" else {given["task"]}
     if device.type != "cuda":
         words |= {"no", "GPU"}
     if devices.bf16_is_fast(device):
@@ -344,9 +347,12 @@ def check(cfg):
     refuse(not least <= passes <= cfg.T, f"{rule}, got {passes}")
     rule = f"--set eta is about --sampler ddim, got {cfg.eta} for --sampler {sampler}"
     refuse(cfg.eta and sampler != "ddim", rule)
+    for name in NOT_OF[cfg.task]:
+        rule, value = f"{flag(name)} must not be given for --task {cfg.task}", getattr(cfg, name)
+        refuse(value, f"{rule}, got {', '.join(value) if name == 'classes' else value}")
     found, unknown = ", ".join(cfg.classes), set(cfg.classes) - set(CLASSES)
     rule = f"--classes must be some of {', '.join(CLASSES)}"
-    refuse(unknown or not cfg.classes, f"{rule}, got {found}")
+    refuse(unknown or not cfg.classes and cfg.task != "masks", f"{rule}, got {found}")
     rule = "--classes needs COVID-19 for --task infection: the masks of the others are blank"
     refuse(cfg.task == "infection" and "COVID-19" not in cfg.classes, f"{rule}, got {found}")
 
@@ -418,16 +424,10 @@ def setting_line(cfg, name, words):
 
 def unused(cfg):
     """The names of the settings that say nothing about this run."""
-    names = {"epochs" if cfg.steps else "steps"}  # the one gives the other
-    if not cfg.data:
-        names |= set(FOUND)
-    for name, field in SETTINGS.items():
-        about = field.metadata["about"]
-        if cfg.supervised and about == "diffusion":
-            names.add(name)
-        if cfg.model in baselines.U_NETS and about == "network":
-            names.add(name)
-    return names
+    names = {"epochs" if cfg.steps else "steps", *NOT_OF[cfg.task]}  # the one gives the other
+    names |= set() if cfg.data else set(FOUND)
+    foreign = {"diffusion": cfg.supervised, "network": cfg.model in baselines.U_NETS}
+    return names | {n for n, field in SETTINGS.items() if foreign.get(field.metadata["about"])}
 
 
 def parameters(module):
@@ -437,7 +437,7 @@ def parameters(module):
 
 def kind_of(cfg, noun=""):
     """What a run is, in words: "lung, concat", "lung, unet"; with a noun "lung masks, concat"."""
-    model = cfg.model if cfg.supervised else None
+    model, noun = cfg.model if cfg.supervised else None, noun if cfg.task != "masks" else ""
     return ", ".join(filter(None, (cfg.task + noun, model, cfg.cond)))
 
 

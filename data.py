@@ -35,9 +35,10 @@ TREES = {"lung": LUNG_TREE, "infection": INFECTION_TREE, "synthesis": LUNG_TREE}
 MASKS = {"lung": "lung masks", "infection": "infection masks", "synthesis": None}
 CLASSES = ("COVID-19", "Non-COVID", "Normal")
 SPLITS = ("Train", "Val", "Test")
-DEFAULT_CLASSES = {"lung": CLASSES, "infection": ("COVID-19",), "synthesis": CLASSES}
+DEFAULT_CLASSES = {"masks": (), "lung": CLASSES, "infection": ("COVID-19",), "synthesis": CLASSES}
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "GIF", "WEBP", "JPEG2000")  # of images
+JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")  # the one format in which a mask may ring
 MOST_PIXELS, MOST_SIDE = 10**8, 2**16  # of an image: larger ones are refused by their header
 
 CACHE = Path(__file__).resolve().parent / ".cache"
@@ -150,20 +151,27 @@ def read_gray(path):
     return gray
 
 
-def read_mask(path):
+def read_mask(path, threshold=None):
     """A mask -> (H, W) bool, True inside.
 
     Its values must be 0 and 255, or 0 and 1, or in a 16-bit file 0 and 65535. UserError: others.
+    A JPEG file may ring around 0 and 255 (at most 1 % is in 64..191): inside is 128 or more.
+    A threshold N > 0 takes any values: inside is N or more, as stored (16 bits: of 0..65535).
     """
     values = gray_values(path)
+    if threshold:
+        return values >= threshold
     top = values.max()
-    if top not in (0, 1, 255, 65535) or ((values != 0) & (values != top)).any():
-        found = np.unique(values).tolist()
-        listed = ", ".join(map(str, found[:5]))
-        more = f", ... ({len(found)} values)" if len(found) > 5 else ""
-        rule = "a mask has the values 0 and 255, or 0 and 1"
-        raise UserError(f"{path}: {rule}; found {listed}{more}")
-    return values > 0
+    if top in (0, 1, 255, 65535) and ((values == 0) | (values == top)).all():
+        return values > 0
+    between = np.mean((values >= 64) & (values < 192))
+    if Path(path).suffix.lower() in JPEG and top >= 192 and between <= 0.01:
+        return values >= 128
+    found = np.unique(values).tolist()
+    some = ", ".join(map(str, found[:5]))
+    more = f", ... ({len(found)} values)" if len(found) > 5 else ""
+    way = "" if threshold is None else "; --set threshold=N makes inside what is N or more"
+    raise UserError(f"{path}: a mask has the values 0 and 255, or 0 and 1; found {some}{more}{way}")
 
 
 def area_mean(a, size):
@@ -209,11 +217,10 @@ def scan(folder):
     refuse([f"{entry.path}: only .png files belong here" for entry in others])
     if not entries:
         raise UserError(f"{folder}: holds no .png file")
-    stats = {entry.name: entry.stat() for entry in entries}
-    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+    return {e.name: (e.stat().st_size, e.stat().st_mtime_ns) for e in entries}
 
 
-def decode(paths, size, progress=None, workers=None):
+def decode(paths, size, progress=None, workers=None, threshold=None):
     """Files -> (n, size, size) uint8, and their own heights and widths, (n, 2) int32.
 
     A file in a folder called `images` is an X-ray; a file in any other folder is a mask, 0 or 255.
@@ -226,7 +233,7 @@ def decode(paths, size, progress=None, workers=None):
             if path.parent.name == "images":
                 image = read_gray(path)
                 return resize_image(image, size), image.shape
-            mask = read_mask(path)
+            mask = read_mask(path, threshold)
             return np.uint8(255) * resize_mask(mask, size), mask.shape
         except UserError as e:
             return e
@@ -258,9 +265,10 @@ def cache_file(cache, folder, size):
     return Path(cache) / f"{'-'.join(folder.parts[-3:])}-{size}-{place[:12]}.npz"
 
 
-def fingerprint_of(files):
+def fingerprint_of(files, threshold=None):
     """What `scan` returns -> (32,) uint8 that changes with each name, size, time; CACHE_FORMAT."""
     lines = [f"{name}/{size}/{time}/" for name, (size, time) in files.items()]
+    lines += [f"threshold {threshold}"] if threshold else []
     digest = hashlib.sha256(os.fsencode(f"{CACHE_FORMAT}/{''.join(lines)}")).digest()
     return np.frombuffer(digest, np.uint8)
 
@@ -268,8 +276,7 @@ def fingerprint_of(files):
 def write_cache(file, fingerprint, shapes, pixels):
     """Write a cache file whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    arrays = dict(fingerprint=fingerprint, shapes=shapes, pixels=pixels)
-    write_whole(file, lambda f: np.savez(f, **arrays))
+    write_whole(file, lambda f: np.savez(f, fingerprint=fingerprint, shapes=shapes, pixels=pixels))
 
 
 def read_cache(file, fingerprint, shapes, pixels):
@@ -299,7 +306,7 @@ def read_cache(file, fingerprint, shapes, pixels):
         return False
 
 
-def decode_folders(folders, size, cache, progress):
+def decode_folders(folders, size, cache, progress, threshold=None):
     """`decode` of all files of {folder: files}, through the cache.
 
     Folders that the cache holds are read from it. The files of the others are decoded, then cached.
@@ -310,14 +317,14 @@ def decode_folders(folders, size, cache, progress):
 
     caches = zip(
         [cache_file(cache, folder, size) for folder in folders],
-        [fingerprint_of(files) for files in folders.values()],
+        [fingerprint_of(files, threshold) for files in folders.values()],
         np.split(shapes, np.cumsum(counts)[:-1]),  # views: what is read into them is in shapes
         np.split(pixels, np.cumsum(counts)[:-1]),
     )
     missing = {folder: c for folder, c in zip(folders, caches) if not read_cache(*c)}
     paths = [folder / name for folder in missing for name in folders[folder]]
     rows = np.repeat([folder in missing for folder in folders], counts)
-    pixels[rows], shapes[rows] = decode(paths, size, progress)
+    pixels[rows], shapes[rows] = decode(paths, size, progress, None, threshold)
     try:
         for c in missing.values():
             write_cache(*c)

@@ -46,6 +46,7 @@ REPORT_TABLES = {  # Tables 1 and 2: (addition, concatenation)
         "Precision": (0.6838, 0.6674),
         "MCC": (0.6293, 0.4431),
     },
+    "masks": {},  # your own
 }
 
 # ---------------------------------------- sampling
@@ -266,7 +267,7 @@ def ensembles(model, cfg, split, rows, device, progress=None):
 
 def lungs_of(cfg, split, rows):
     """The lungs of which an infection's share is reported, (n, 1, H, W) bool; of lungs None."""
-    if cfg.task == "lung":
+    if cfg.task != "infection":
         return None
     how = dict(classes=cfg.classes, image_size=cfg.image_size, masks="lung masks")
     return data.load(cfg.data, cfg.task, split, **how).masks[rows] > 127
@@ -353,23 +354,18 @@ def markdown_table(cfg, line, split="Val"):
         lines.append(f"| Train loss | {line['Train']['loss']:.4f} |")
         names = ("loss", "Fréchet distance", "Fréchet distance of two held-out halves")
         return "\n".join([*lines, *(f"| {name} | {line['Val'][name]:.4f} |" for name in names)])
-    number = {"lung": 1, "infection": 2}[cfg.task]
+    report, number = REPORT_TABLES[cfg.task], {"lung": 1, "infection": 2}.get(cfg.task)
     n, m = line["Train"]["images"], line[split]["images"]
     of = {"Val": "held-out train" if cfg.held_out else "validation"}.get(split, split)
-    columns = [
-        f"{config.kind_of(cfg, ' masks')}, {what}",
-        f"report, Table {number}: addition",
-        "report: concatenation",
-        f"here: {n} of train",
-        f"**here: {m} of {of}**",
-        "mean ± sd of the images",
-    ]
+    columns = [f"{config.kind_of(cfg, ' masks')}, {what}"]
+    columns += [f"report, Table {number}: addition", "report: concatenation"] if report else []
+    columns += [f"here: {n} of train", f"**here: {m} of {of}**", "mean ± sd of the images"]
     lines = [row_of(columns), "|---" * len(columns) + "|"]
-    for name, (add, concat) in REPORT_TABLES[cfg.task].items():
+    for name in metrics.NAMES:
         mean, sd, _ = line[split]["per image"][name]
         train, val = line["Train"]["pooled"][name], line[split]["pooled"][name]
-        numbers = [f"{add:.4f}", f"{concat:.4f}", f"{train:.4f}", f"**{val:.4f}**"]
-        lines.append(row_of([name, *numbers, f"{mean:.4f} ± {sd:.4f}"]))
+        numbers = [f"{value:.4f}" for value in (*report.get(name, ()), train)]
+        lines.append(row_of([name, *numbers, f"**{val:.4f}**", f"{mean:.4f} ± {sd:.4f}"]))
     return with_note("\n".join(lines))
 
 
@@ -400,7 +396,7 @@ def comparison(results):
     for task, table in REPORT_TABLES.items():
         runs = [result for result in results if result["config"]["task"] == task]
         for i, cond in enumerate(("add", "concat")):
-            if runs:
+            if runs and table:
                 numbers = [f"{table[name][i]:.4f}" for name in metrics.NAMES]
                 columns.append((f"report: {task}, {cond}", numbers))
         for run in runs:

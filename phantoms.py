@@ -21,6 +21,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import console
+import data
+import pairs
 from data import CLASSES, SPLITS, TREES, tree_folder
 from diffusion import Purpose, philox
 
@@ -397,19 +399,24 @@ def ensure_phantoms(task, progress=lambda *_: None):
 def locate(folder, task):
     """(root, whether it holds phantoms). No folder: the first of DATA_HOMES, else PHANTOMS.
 
-    UserError: the folder, or the home that is there, does not have the layout of the task.
+    UserError: the folder, or the home that is there, does not have the layout of the task; none
+    given for masks of one's own.
     """
+    own = task == "masks"
+    rule = "--task masks needs --data DIR, a folder with images/ and masks/"
+    pairs.refuse(own and folder is None, f"{rule}, got none")
     homes = [home for home in DATA_HOMES if home.is_dir()]
     if folder is None and not homes:
         return PHANTOMS, True
     root = Path(homes[0] if folder is None else folder).expanduser()
-    noted = any((parent / PHANTOMS_NOTE).is_file() for parent in tree_folder(root, task).parents)
+    tree = pairs.layout(root)[0] / "images" if own else tree_folder(root, task)
+    noted = any((parent / PHANTOMS_NOTE).is_file() for parent in tree.parents)
     return root, noted
 
 
 def root_of(cfg, given):
     """(root, whether it holds phantoms): `given`, else the run's own, else what `locate` finds."""
-    here = cfg.data != str(PHANTOMS) and Path(cfg.data).is_dir()
+    here = cfg.data != str(PHANTOMS) and Path(cfg.data).is_dir() or cfg.task == "masks"
     if given is None and cfg.phantoms and not here:  # of another machine: the same are drawn here
         return PHANTOMS, True
     return locate(given or cfg.data or None, cfg.task)
@@ -428,3 +435,16 @@ def find_data(cfg, given):
             )
         ensure_phantoms(cfg.task, console.progress_line("drawing phantoms"))
     return dataclasses.replace(cfg, data=str(root), phantoms=drawn)
+
+
+def splits_of(cfg, names, run=None, masks=None):
+    """{name: data.Split} of a run's images. run: one that goes on; masks: as data.load has it."""
+    if cfg.task == "masks":
+        return pairs.splits_of(cfg, names, run)
+
+    def load(name):
+        progress = console.progress_line(f"decoding {name}")
+        which = (cfg.data, cfg.task, name, cfg.classes, cfg.image_size)
+        return data.load(*which, progress=progress, masks=masks)
+
+    return {name: load(name) for name in names}

@@ -5,6 +5,7 @@ log.jsonl     a line per log            masks.png     or samples.png
 last.pt       go on or sample from here
 best.pt       best validation DICE      table.md      beside the report's table
 results.json  all numbers               test.md       the table of Test, with --test
+split.csv     how your own images were divided: the run goes on with no other division
 
 A finished run stays as it is. Another evaluation of it is written to a folder of its own below
 evaluations, named ddim-2-x9-64: 2 steps of DDIM, the mean of 9 masks, 64 images.
@@ -25,12 +26,13 @@ import torch
 
 import config
 import data
+import pairs
 import phantoms
-from console import UserError, failure_named, message, progress_line, refuse_pipe, write_whole
+from console import UserError, failure_named, message, refuse_pipe, write_whole
 from devices import first_process_first, laid_out, processor, rank, world
 
 FILES = "config.json log.jsonl last.pt best.pt results.json table.md test.md".split()
-FILES += "curves.png masks.png samples.png".split()
+FILES += "curves.png masks.png samples.png split.csv".split()
 # What a killed write_whole leaves in a run folder
 TEMPORARY = rf"\.({'|'.join(name.partition('.')[0] for name in FILES)})\.\d+\.\w+"
 
@@ -235,7 +237,7 @@ def refuse_taken(folder):
         if read_checkpoint(folder)["step"]:
             what = f"go on with --resume {folder}, or choose another --out"
             raise UserError(f"{folder} holds a run already; {what}")
-        names -= {"last.pt", "config.json", "log.jsonl"}  # what a run writes before its first step
+        names -= {"last.pt", "config.json", "log.jsonl", "split.csv"}  # before the first step
     if others := sorted(name for name in names if not re.fullmatch(TEMPORARY, name)):
         raise UserError(f"{folder} holds other files, such as {others[0]}; choose another --out")
 
@@ -277,12 +279,10 @@ def load_splits(args, cfg, checkpoint, path):
     if cfg.batch_size < world():
         rule = f"--batch-size must be at least the {world()} processes"
         raise UserError(f"{rule}, got {cfg.batch_size}")
-    splits = {}
+    names = ("Train", "Val", "Test") if args.test else ("Train", "Val")
     with first_process_first():
         cfg = phantoms.find_data(cfg, args.data)
-        for name in ("Train", "Val", "Test") if args.test else ("Train", "Val"):
-            which = (cfg.data, cfg.task, name, cfg.classes, cfg.image_size)
-            splits[name] = data.load(*which, progress=progress_line(f"decoding {name}"))
+        splits = phantoms.splits_of(cfg, names, path if checkpoint else None)
     if cfg.held_out:
         splits["Train"], splits["Val"] = data.divided(splits["Train"], cfg.held_out)
     n, m = len(splits["Train"].images), len(splits["Val"].images)
@@ -299,6 +299,9 @@ def images_found(args, cfg):
     """(The folder of the images in words, {split: how many}). No image is read or drawn."""
     root, drawn = phantoms.root_of(cfg, args.data)
     splits = ("Train", "Val", "Test") if args.test else ("Train", "Val")
+    if cfg.task == "masks":
+        found, line = pairs.find(root, cfg.group)
+        return line, {name: sum(pair.split == name for pair in found) for name in splits}
     if root == phantoms.PHANTOMS and not (root / data.TREES[cfg.task]).is_dir():
         counts = phantoms.PHANTOM_COUNTS[data.TREES[cfg.task]]
         sizes = {name: sum(counts[name][c] for c in cfg.classes) for name in splits}
@@ -371,6 +374,9 @@ class Folder:
         log = Log(self.path / "log.jsonl", step, lambda line: table(self.cfg, line))
         if not self.finished:
             self.write("config.json", as_json(dataclasses.asdict(self.cfg)))
+            if self.cfg.task == "masks":
+                found, _ = pairs.find(self.cfg.data, self.cfg.group)
+                self.write("split.csv", lambda f: f.write_bytes(pairs.as_csv(found)))
         return log
 
     def write(self, name, write, size="room"):

@@ -39,13 +39,18 @@ def changes(before, after, device=CPU):
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_size_report_and_recipe_report_are_the_defaults_of_the_fields(no_bf16, device):
-    """§3, §4.4, §4.5: a task has its own classes, condition and epochs, and nothing else."""
+    """§3, §4.4, §4.5: a task has its own classes, condition and epochs, and nothing else.
+
+    Images of one's own may be few: steps are counted, not epochs.
+    """
     for task in TASKS:
         expected = Config(task=task)
         if task == "synthesis":
             expected = dataclasses.replace(expected, cond=None)
         if task == "infection":
             expected = dataclasses.replace(expected, classes=("COVID-19",), epochs=2400)
+        if task == "masks":
+            expected = dataclasses.replace(expected, classes=(), steps=4000)
         words = f"--task {task} --size report --recipe report"
         assert configured(words, device) == expected
 
@@ -79,7 +84,9 @@ def test_recipe_best_changes_these_settings_alone_at_either_size(task, size):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("task, steps", [("synthesis", 1500), ("lung", 850), ("infection", 1700)])
+@pytest.mark.parametrize(
+    "task, steps", [("synthesis", 1500), ("lung", 850), ("infection", 1700), ("masks", 850)]
+)
 def test_size_small_changes_these_settings_alone_in_either_recipe(task, steps, recipe):
     """Network, batch, lengths and evaluation."""
     network = dict(channels=16, blocks=1, attention_levels=(3,), head_channels=16, growth=8)
@@ -185,16 +192,17 @@ def test_the_command_line_has_at_most_28_flags_each_in_a_group_with_its_words(ca
         elif name not in ("data", "phantoms"):
             assert re.search(rf"\b{name}\b", lines["--set"])
     assert "(§3.2; default 50; best masks ddim: 2; ncsn: 101)" in lines["--ddim-steps"]
-    assert "(§3.1; default COVID-19, Non-COVID, Normal; infection: COVID-19)" in lines["--classes"]
+    classes = "(§3.1; default COVID-19, Non-COVID, Normal; masks: none; infection: COVID-19)"
+    assert classes in lines["--classes"]
 
 
 NAMES = ", ".join(
-    "shift t_power T augment held_out lr_decay warmup max_grad_norm weight_decay ema "
-    "channels channel_mult blocks attention_levels head_channels growth rrdbs rrdb stem eta "
-    "evaluations eval_every plan".split()
+    "shift t_power T threshold augment held_out lr_decay warmup max_grad_norm "
+    "weight_decay ema channels channel_mult blocks attention_levels head_channels growth rrdbs "
+    "rrdb stem eta evaluations eval_every plan".split()
 )
 REFUSALS = [
-    ("", "--task is needed: one of synthesis, lung, infection"),
+    ("", "--task is needed: one of synthesis, lung, infection, masks"),
     (
         "--task synthesis --cond add",
         "--cond is about segmentation; --task synthesis is unconditional (§3), got --cond add",
@@ -284,6 +292,14 @@ REFUSALS = [
         "--classes needs COVID-19 for --task infection: the masks of the others are blank, "
         "got Normal",
     ),
+    ("--task lung --group (.+)_", "--group must not be given for --task lung, got (.+)_"),
+    ("--task lung --set threshold=9", "--set threshold must not be given for --task lung, got 9"),
+    (
+        "--task masks --classes Normal",
+        "--classes must not be given for --task masks, got Normal",
+    ),
+    ("--task masks --set threshold=-1", "--set threshold must be between 0 and 65535, got -1"),
+    ("--task masks", "--task masks needs --data DIR, a folder with images/ and masks/, got none"),
     (
         "--task lung --data /no/such/folder",
         "/no/such/folder: no data for lung: there is no such folder",
@@ -343,15 +359,16 @@ OF_DIFFUSION = {"objective", "target", "shift", "t_power"}
 OF_DIFFUSION |= {"sampler", "ddim_steps", "eta", "ensemble"}
 OF_THE_NETWORK = {"cond", "T", "channel_mult", "blocks", "attention_levels", "head_channels"}
 OF_THE_NETWORK |= {"growth", "rrdbs", "rrdb", "stem"}
+OF_YOUR_OWN = {"group", "threshold"}
 
 
 @pytest.mark.parametrize(
     "words, absent",
     [
-        ("--task lung", {"epochs"}),
-        ("--task infection --size report", {"steps"}),
-        ("--task lung --model report-unet", {"epochs"} | OF_DIFFUSION),
-        ("--task lung --model unet", {"epochs"} | OF_DIFFUSION | OF_THE_NETWORK),
+        ("--task lung", {"epochs"} | OF_YOUR_OWN),
+        ("--task infection --size report", {"steps"} | OF_YOUR_OWN),
+        ("--task lung --model report-unet", {"epochs"} | OF_YOUR_OWN | OF_DIFFUSION),
+        ("--task masks --model unet", {"epochs", "classes"} | OF_DIFFUSION | OF_THE_NETWORK),
     ],
 )
 def test_a_dry_run_tells_the_flag_the_words_and_the_section_of_every_used_setting(words, absent):
@@ -392,6 +409,7 @@ def test_every_setting_is_described_in_one_place():
         ("--task synthesis --classes Normal --objective ncsn", "synthesis-ncsn-Normal-0"),
         ("--task infection --classes COVID-19", "infection-concat-0"),
         ("--task lung --model unet", "lung-unet-0"),
+        ("--task masks --seed 1", "masks-concat-1"),
         ("--task infection --model report-unet --cond add", "infection-report-unet-add-0"),
     ],
 )

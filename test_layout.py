@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent
 LEVELS = [  # a module imports project modules of lower levels only
     {"diffusion", "rrdb", "metrics", "console", "figures", "peers"},
     {"unet", "score", "data", "probes"},
-    {"ambiguous", "baselines", "batches", "devices", "patches", "phantoms"},
-    {"config"},
+    {"ambiguous", "baselines", "batches", "devices", "patches", "pairs"},
+    {"config", "phantoms"},
     {"evaluate", "runs"},
     {"train", "sample"},
     {"studies", "benchmark"},

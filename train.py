@@ -4,6 +4,7 @@ r"""Train one model of the report: X-rays from noise (§3), or masks from X-rays
     python train.py --task lung --cond add           §4.4                   (Table 1, Figure 4)
     python train.py --task infection --cond add      §4.5  infection masks  (Table 2, Figure 7)
     python train.py --task synthesis                 §3    chest X-rays     (Figure 3)
+    python train.py --task masks --data DIR          your own: DIR/images and DIR/masks (pairs.py)
     python train.py --task lung --model unet         §4.4  without diffusion, in one pass
     python train.py --resume runs/lung-concat-0      go on with a run that was stopped
     python train.py --resume runs/lung-concat-0 --ensemble 9     evaluate it in another way
