@@ -3,16 +3,18 @@ r"""Use a trained run: draw X-rays from noise (§3), or find the masks of your o
     python sample.py runs/synthesis-0 -n 16               16 X-rays, and all in one picture
     python sample.py runs/synthesis-0 --sampler ode       by another sampler of §2.1
     python sample.py runs/lung-concat-0 --images a.png b.png           a mask and an overlay of each
-    python sample.py runs/lung-concat-0 --images *.png --ensemble 9    and where 9 samples disagree
+    python sample.py runs/lung-concat-0 --images DIR --ensemble 9      and where 9 samples disagree
     python sample.py runs/infection-concat-0 --images a.png --ensemble 25 --lungs runs/lung-concat-0
     python sample.py runs/lung-unet-0 --images a.png      a supervised network's mask, in one pass
     python sample.py runs/lung-add-0/best.pt --images a.png --masks a-true.png    and its scores
+    python sample.py runs/masks-concat-0 --images DIR/images --masks DIR/masks    of a whole folder
 
 RUN is a run folder of train.py (its last.pt, which its tables are about) or a checkpoint file, such
 as best.pt, which validation chose. X-rays are gray image files of any size up to 100 megapixels, of
 8 or 16 bits (16 bits: 0..65535 is black to white); a small network then takes less than 1 GiB of
-memory. The network sees them squeezed to its own square, as in training. Masks have the X-ray's own
-size. Files of an X-ray NAME.png, in <RUN folder>/samples or --out DIR:
+memory. The network sees them squeezed to its own square, as in training. A folder stands for the
+image files in it, and nothing is written there. Masks have the X-ray's own size. Files of an X-ray
+NAME.png, in <RUN folder>/samples or --out DIR:
 
     NAME-mask.png           0 outside, 255 inside: where the ensemble's mean is above 0 of [-1, 1]
     NAME-overlay.png        the outline of the mask on the X-ray, and of the true mask with --masks
@@ -44,6 +46,7 @@ import data
 import devices
 import evaluate
 import metrics
+import pairs
 import runs
 from config import refuse
 from console import Parser, UserError, exit_status, message, path_of, printable, write_whole
@@ -63,8 +66,9 @@ def parse(argv):
     p.add_argument("run", type=path_of, metavar="RUN", help="run folder, its last.pt or best.pt")
     p.add_argument("-n", type=int, metavar="N", help=f"synthesis: X-rays to draw; default {DRAWN}")
     files = dict(type=path_of, nargs="+", metavar="FILE")
-    p.add_argument("--images", **files, help="X-rays to segment with a lung or infection run")
-    p.add_argument("--masks", **files, help="their true masks, in the same order, to score with")
+    p.add_argument("--images", **files, help="X-rays to segment, or folders of them")
+    words = "their true masks, to score with: in the same order, or folders, by their names"
+    p.add_argument("--masks", **files, help=words)
     words = "a lung run: an infection's share is then of the lungs that it finds"
     p.add_argument("--lungs", type=path_of, metavar="RUN", help=words)
     for name in CHANGEABLE:
@@ -76,6 +80,32 @@ def parse(argv):
     p.add_argument("--out", type=path_of, metavar="DIR", help="default <RUN folder>/samples")
     p.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
     return p.parse_args(argv)
+
+
+def files_in(paths):
+    """The paths, the image files of a folder in its place. UserError: there are none in it."""
+    folders = {path: pairs.image_files(path)[0] for path in paths if os.path.isdir(path)}
+    return [str(Path(path, name)) for path in paths for name in folders.get(path, [""])]
+
+
+def replace_folders(args):
+    """Files for the folders of --images and --masks. Returns the folders.
+
+    Masks of a folder belong to the X-rays by their names, as in training (pairs.naming). UserError:
+    no image file in a folder, two masks of one name, an X-ray without a mask.
+    """
+    given = [*(args.images or ()), *(args.masks or ())]
+    folders = [path for path in given if os.path.isdir(path)]
+    args.images = args.images and files_in(args.images)
+    if set(args.masks or ()) & set(folders):
+        masks = pairs.by_stem("--masks", files_in(args.masks))
+        mask_of, _ = pairs.naming([Path(path).stem for path in args.images], list(masks))
+        alone = [path for path in args.images if Path(path).stem not in mask_of]
+        refuse(
+            alone, f"--masks must have one for each X-ray, and none is for {pairs.listed(alone)}"
+        )
+        args.masks = [masks[mask_of[Path(path).stem]] for path in args.images]
+    return folders
 
 
 def check_flags(args, task):
@@ -155,16 +185,17 @@ def identity(path):
 # ---------------------------------------- masks of X-rays: §4
 
 
-def read_xrays(images, masks, size):
+def read_xrays(images, masks, cfg):
     """The X-rays as the network sees them: (N, 1, S, S) uint8. All files are read before any work.
 
     Each is read again when its mask is written: memory holds one at a time at its own size.
     """
+    size, threshold = cfg.image_size, cfg.threshold or None
     small = np.empty((len(images), 1, size, size), np.uint8)
     progress = console.progress_line("reading")
     for i, path in enumerate(images):
         xray = data.read_gray(path)
-        if masks and (mask := data.read_mask(masks[i])).shape != xray.shape:
+        if masks and (mask := data.read_mask(masks[i], threshold)).shape != xray.shape:
             sizes = [f"{a.shape[1]}x{a.shape[0]}" for a in (mask, xray)]
             raise UserError(f"{masks[i]}: is {sizes[0]} pixels, its image {path} is {sizes[1]}")
         if xray.max() < 64:  # such as 12 bits stored in 16: 4095 is 16 of 255
@@ -193,8 +224,9 @@ def write_masks(model, cfg, small, args, device, out, title):
     for rows, masks in devices.in_chunks(sample, np.arange(N), device, members):
         areas.append((masks > 0).flatten(2).sum(2).numpy())
         for i, x0 in zip(rows, masks[:, :, 0]):
-            files = args.images[i], args.masks[i] if args.masks else None
-            counts += write_files_of_xray(out / Path(args.images[i]).stem, *files, x0, title)
+            true = args.masks and data.read_mask(args.masks[i], cfg.threshold or None)
+            name = out / Path(args.images[i]).stem
+            counts += write_files_of_xray(name, args.images[i], true, x0, title)
     scored = metrics.Counts(*map(np.concatenate, zip(*counts))) if counts else None
     return np.concatenate(areas), scored
 
@@ -229,12 +261,12 @@ def share_lines(images, areas, whole, words):
 def write_files_of_xray(name, image, true, masks, title):
     """Writes NAME-mask.png, NAME-overlay.png, ...; name: their path up to NAME.
 
-    image: file of the X-ray; true: that of its mask or None; masks: (N, S, S) in [-1, 1].
+    image: file of the X-ray; true: (H, W) bool, or None; masks: (N, S, S) in [-1, 1].
     Returns a list of the Counts, empty without a true mask.
     """
     import figures  # matplotlib takes a while to load
 
-    xray, true = data.read_gray(image), data.read_mask(true) if true else None
+    xray = data.read_gray(image)
     mean, spread = masks.mean(0), masks.std(0, correction=0)  # -1..1, 0..1
     data.to_uint8(mean)  # refuses nan
     inside = enlarge(mean, xray.shape, lambda x: (x > 0).numpy()).view(bool)
@@ -320,6 +352,7 @@ def use_run(args):
     """Does what the command line asks for. Returns the exit status."""
     needed = "--masks are the true masks of --images, and there are no --images"
     refuse(args.masks and not args.images, needed)
+    folders = replace_folders(args)
     device = devices.choose_device(args.device)
     model, cfg, step = runs.load_run(args.run, device)
     check_flags(args, cfg.task)
@@ -329,13 +362,16 @@ def use_run(args):
     model = devices.cast_once(model, cfg)
     run = Path(args.run)
     out = Path(args.out) if args.out else (run if run.is_dir() else run.parent) / "samples"
+    rule = "--out must not be a folder of --images or --masks, where nothing is written"
+    given = [os.path.realpath(folder) for folder in folders]
+    refuse(os.path.realpath(out) in given, f"{rule}, got {out}")
     files = files_to_write(args, cfg, out)
     there = list(filter(os.path.lexists, files))
     for file in there:
         rule = f"{file} is there, and sample.py did not write it; choose another --out"
         refuse(not written_here(file), rule)
     segments = cfg.task != "synthesis"
-    small = read_xrays(args.images, args.masks, cfg.image_size) if segments else None
+    small = read_xrays(args.images, args.masks, cfg) if segments else None
     whole, words = np.full(len(args.images or ()), cfg.image_size**2), "the picture"
     if args.lungs:
         whole, words = pixels_of_lungs(args.lungs, small, device), "the lungs"
