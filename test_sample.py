@@ -681,6 +681,72 @@ def test_ctrl_c_leaves_whole_files_and_one_line(synthesis, call, monkeypatch):
     assert sorted(contents(synthesis / "samples")) == ["sample-0000.png", "sample-0001.png"]
 
 
+# ---------------------------------------- folders
+
+
+def test_a_folder_is_its_image_files_and_nothing_is_written_there(mirror, call, tmp_path):
+    """In the order of their names, beside a file of another folder; subfolders are not searched."""
+    files = xrays(tmp_path / "in", 3)
+    files[1] = files[1].rename(tmp_path / "in" / "x1.TIF")
+    files[2] = files[2].rename(tmp_path / "one.png")
+    Image.fromarray(read(tmp_path / "in" / "x0.png")).save(tmp_path / "in" / "x1.TIF")
+    (tmp_path / "in" / "notes.txt").write_text("x")
+    save(tmp_path / "in" / "more" / "x9.png", read(files[0]))
+    before = sorted(tmp_path.glob("in/**/*"))
+    one, folder = tmp_path / "one.png", tmp_path / "in"
+    assert call(mirror, "--images", one, folder, "--out", tmp_path / "out")[0] == 0
+    assert call(mirror, "--images", *[one, files[0], files[1]], "--out", tmp_path / "b")[0] == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "b")
+    assert {name[:3] for name in contents(tmp_path / "out")} == {"one", "x0-", "x1-"}
+    assert sorted(tmp_path.glob("in/**/*")) == before
+
+
+def test_masks_of_a_folder_are_found_by_their_names(mirror, call, tmp_path):
+    """Sorted they are 0-m, 1-m, 10-m, 2-m beside 1, 10, 2. Each X-ray is its own mask."""
+    for i, name in enumerate(("1", "2", "10")):
+        a = np.uint8(255) * (np.arange(S * S).reshape(S, S) < 40 * (i + 1))
+        save(tmp_path / "in" / f"{name}.png", a)
+        save(tmp_path / "true" / f"{name}-m.png", a)
+    save(tmp_path / "true" / "0-m.png", a)
+    words = ("--images", tmp_path / "in", "--masks", tmp_path / "true")
+    status, out, _ = call(mirror, *words)
+    rows = [line.split(" | ") for line in out.splitlines() if ".png" in line and "|" in line]
+    assert status == 0 and len(rows) == 3 and all(row[1].strip() == "1.0000" for row in rows)
+    (tmp_path / "true" / "2-m.png").unlink()
+    status, _, err = call(mirror, *words)
+    assert status == 2 and "--masks must have one for each X-ray, and none is for" in err
+
+
+def test_a_mask_is_cut_where_those_of_the_run_were(tmp_path, call, monkeypatch):
+    """Gray 99 is outside, 100 inside, by the run's own threshold; without one it is refused."""
+    monkeypatch.setattr(ConditionalUNet, "denoise", lambda self, xt, t, e: e)
+    a = np.where(np.arange(S)[:, None] < 5, np.uint8(100), np.uint8(99)).repeat(S, 1)
+    xray = save(tmp_path / "x.png", np.uint8(255) * (a == 100))
+    true = save(tmp_path / "m.png", a)
+    own = dict(task="masks", classes=(), target="x0")
+    run = write_run(tmp_path / "cut", settings(**own, threshold=100))
+    status, out, _ = call(run, "--images", xray, "--masks", true)
+    assert status == 0 and "| **1.0000**" in out.splitlines()[-3]
+    run = write_run(tmp_path / "uncut", settings(**own))
+    status, _, err = call(run, "--images", xray, "--masks", true)
+    assert status == 2 and "a mask has the values 0 and 255, or 0 and 1; found 99, 100\n" in err
+
+
+@pytest.mark.parametrize("way", ["itself", "a link", "the default"])
+def test_results_do_not_go_into_a_folder_that_is_given(lung, call, tmp_path, way):
+    xrays(tmp_path / "in")
+    (tmp_path / "link").symlink_to("in")
+    out = ["--out", tmp_path / ("in" if way == "itself" else "link")]
+    if way == "the default":
+        (tmp_path / "in").rename(lung / "samples")
+        out = []
+    folder = lung / "samples" if way == "the default" else tmp_path / "in"
+    before = contents(folder)
+    status, _, err = call(lung, "--images", folder, *out)
+    rule = "--out must not be a folder of --images or --masks, where nothing is written, got "
+    assert status == 2 and rule in err and contents(folder) == before
+
+
 # ---------------------------------------- refusals
 
 # L and Y are the folders of the two runs
@@ -695,6 +761,8 @@ MENDABLE = {  # arguments -> what the one line says
     "lung -n 3 --images x0": N_IS_SYNTHESIS,
     "lung --masks m0": "--masks are the true masks of --images, and there are no --images",
     "lung --images x0 x1 --masks m0": "--masks must be as many as --images, got 1 for 2",
+    "lung --images sub sub/more": "sub/more: must hold image files (PNG, JPEG, TIFF, BMP, PPM, ",
+    "lung --images sub --masks sub": "X0.png: a mask has the values 0 and 255, or 0 and 1; found ",
     "lung --images x0 --masks wide": "wide.png: is 20x10 pixels, its image x0.png is 16x16",
     "lung --images x0 --masks x1": "x1.png: a mask has the values 0 and 255, or 0 and 1; found "
     "0, 2, 3, 4, 5, ... (",
@@ -733,6 +801,7 @@ def test_what_cannot_be_is_refused_in_one_line_before_any_work(
     monkeypatch.chdir(tmp_path)
     files = xrays(tmp_path, 2)
     save(tmp_path / "sub" / "X0.png", read(files[0]))
+    (tmp_path / "sub" / "more").mkdir()
     save(tmp_path / "m0.png", np.zeros((S, S), np.uint8))
     save(tmp_path / "wide.png", np.zeros((10, 20), np.uint8))
     save(tmp_path / "colour.png", np.arange(300, dtype=np.uint8).reshape(10, 10, 3))
