@@ -196,10 +196,11 @@ def resize_mask(a, size):
 # ---------------------------------------- one folder
 
 
-def refuse(problems):
+def refuse(problems, names=()):
     """UserError with the first problem and the number of the others. No problem: no error."""
     if problems:
-        others = f" (and {len(problems) - 1} more bad files)" if len(problems) > 1 else ""
+        named = f": {', '.join(names[1:5])}" if names else ""  # five with the first
+        others = f" (and {len(problems) - 1} more bad files{named})" if len(problems) > 1 else ""
         raise UserError(problems[0] + others)
 
 
@@ -240,16 +241,16 @@ def decode(paths, size, progress=None, workers=None, threshold=None):
 
     pixels = np.empty((len(paths), size, size), np.uint8)
     shapes = np.empty((len(paths), 2), np.int32)
-    problems = []
+    problems = {}
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for i, result in enumerate(pool.map(read, paths)):
             if isinstance(result, UserError):
-                problems.append(str(result))
+                problems[paths[i]] = str(result)
             else:
                 pixels[i], shapes[i] = result
             if progress:
                 progress(i + 1, len(paths))
-    refuse(problems)
+    refuse(list(problems.values()), [path.name for path in problems])
     return pixels, shapes
 
 
@@ -440,8 +441,7 @@ def divided(split, share):
 
     Choices are made on what is held out, so that Val and Test stay unseen.
     """
-    n = np.floor(np.arange(len(split.names) + 1) * share)
-    out = n[1:] > n[:-1]
+    out = np.diff(np.floor(np.arange(len(split.names) + 1) * share)) > 0
 
     def part(rows):
         masks = None if split.masks is None else split.masks[rows]

@@ -519,7 +519,10 @@ ONE_SPLIT = "a file may be in one split only"
         ("folder", r"COVID-19/images: no such folder$"),
         ("size", r"COVID-19/covid_10\.png: the image is \[8, 8\], its mask \[16, 16\] \(H, W\)$"),
         ("gray mask", rf"lung masks/covid_10\.png: {TWO_VALUES}; found 0, 4, 8"),
-        ("two colours", r"images/covid_1\.png: coloured pixels.* \(and 1 more bad files\)$"),
+        (
+            "two colours",
+            r"images/covid_1\.png: coloured pixels.* \(and 1 more bad files: covid_10\.png\)$",
+        ),
     ],
 )
 def test_bad_data_stops_the_load_and_names_the_file_and_the_rule(
