@@ -386,7 +386,7 @@ def check(args, trained):
     """Refuse numbers out of range, runs that cannot be compared, and a bad --out."""
     for name in ("rounds", "masks"):
         refuse(getattr(args, name) < 1, f"--{name} must be at least 1, got {getattr(args, name)}")
-    first, alike = trained[0].cfg, ["task", "image_size", "classes", "data", "held_out"]
+    first, alike = trained[0].cfg, ["task", "image_size", "classes", "data", "group", "held_out"]
     if args.compare == "shares":
         rule = f"--masks must be at least 2 for each of {len(trained)} runs, got {args.masks}"
         refuse(args.masks < 2 * len(trained), rule)

@@ -307,10 +307,7 @@ def images_found(args, cfg):
         sizes = {name: sum(counts[name][c] for c in cfg.classes) for name in splits}
         return f"{root}, phantoms, to be drawn", sizes
     tree = data.tree_folder(root, cfg.task)
-    sizes = {
-        name: sum(len(data.scan(tree / name / c / "images")) for c in cfg.classes)
-        for name in splits
-    }
+    sizes = {s: sum(len(data.scan(tree / s / c / "images")) for c in cfg.classes) for s in splits}
     return f"{root}, {'phantoms' if drawn else 'X-rays'}", sizes
 
 

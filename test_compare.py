@@ -44,17 +44,16 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row():
 
 def test_what_was_held_out_is_looked_at_and_never_what_was_learned(root, elsewhere):
     """Half of Train: the other rows than those that a run with held_out=0.5 learns from."""
-    cfg = tiny(held_out=0.5)
+    one = trained("a", 0, held_out=0.5)
     everything = data.load(root, "lung", "Train", None, 16)
     learned, expected = data.divided(everything, 0.5)
-    found = compare.split_of("held-out", cfg, root)
+    found = compare.split_of("held-out", one, root)
     assert found.names == expected.names and not set(found.names) & set(learned.names)
     np.testing.assert_array_equal(found.masks, expected.masks)
     for name in ("Val", "Test"):
-        assert compare.split_of(name, cfg, root).names == data.load(root, "lung", name).names
-    lungs = compare.split_of(
-        "Val", tiny(task="infection", classes=("COVID-19",)), root, "lung masks"
-    )
+        assert compare.split_of(name, one, root).names == data.load(root, "lung", name).names
+    one = trained("a", 0, task="infection", classes=("COVID-19",))
+    lungs = compare.split_of("Val", one, root, "lung masks")
     where = dict(classes="COVID-19", image_size=16, masks="lung masks")
     np.testing.assert_array_equal(lungs.masks, data.load(root, "infection", "Val", **where).masks)
 

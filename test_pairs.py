@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import compare
 import data
 import pairs
 import phantoms
 import train
 from console import UserError
-from testing import TINY, results_of
+from data import SPLITS
+from testing import CPU, TINY, results_of
 
 SIZE = 16
 NAMES = [f"chest {i}" for i in range(1, 13)]  # 1 is the beginning of 10, 11 and 12
@@ -58,7 +60,7 @@ def own(tmp_path):
 def load_all(root, cache, **options):
     """{number of the image: number of its mask} of all splits, read from the pixels."""
     found = {}
-    for split in data.SPLITS:
+    for split in SPLITS:
         s = pairs.load(pairs.find(root)[0], split, SIZE, cache=cache, **options)
         assert s.images.shape == s.masks.shape == (len(s.names), 1, SIZE, SIZE)
         grays = (s.images[:, 0, -1, -1].astype(int) - 20 + 7) // 15
@@ -144,10 +146,14 @@ def test_what_is_left_over_is_said_five_of_a_kind(own):
 # ---------------------------------------- files
 
 
-def test_images_are_known_by_every_suffix_of_the_formats_that_are_read():
-    """Pillow's own list; in upper case too."""
-    known = {s for s, name in Image.registered_extensions().items() if name in data.FORMATS}
-    assert {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".pgm", ".gif", ".webp"} <= known
+def test_images_are_known_by_the_suffixes_of_the_formats_that_are_read(tmp_path):
+    """In upper case too. PDF, PostScript and DICOM are not among them."""
+    images = [f"a{s}" for s in (".bmp", ".gif", ".jfif", ".jp2", ".JPEG", ".jpg", ".pgm", ".png")]
+    images += [f"a{suffix}" for suffix in (".ppm", ".TIF", ".tiff", ".webp")]
+    others = ["a.dcm", "a.eps", "a.nii.gz", "a.pdf", "png"]
+    for name in (*images, *others):
+        (tmp_path / name).touch()
+    assert pairs.image_files(tmp_path) == (sorted(images), others)
 
 
 WAYS = {  # suffix of the file: how an X-ray is stored
@@ -173,7 +179,7 @@ def test_every_format_and_depth_reads_the_same_and_a_mask_may_have_another(tmp_p
         save(tmp_path / "masks" / f"{name}{('.png', '.TIF')[i % 2]}", a)
     assert load_all(tmp_path, tmp_path / "cache") == ITSELF
     found = pairs.find(tmp_path)[0]
-    for split in data.SPLITS:
+    for split in SPLITS:
         s = pairs.load(found, split, SIZE, cache=tmp_path / "cache")
         for name, image in zip(s.names, s.images):
             assert np.array_equal(image[0], xray(NAMES.index(Path(name).stem)))
@@ -198,7 +204,7 @@ def test_the_ringing_of_a_jpeg_mask_is_cut_at_the_middle_and_said(tmp_path, qual
     assert len(np.unique(as_jpeg(np.uint8(255) * lungs[0], quality=quality))) > 10
     found, line = pairs.find(tmp_path)
     assert line.endswith("; JPEG masks are cut at 128, if no threshold is given")
-    for split in data.SPLITS:
+    for split in SPLITS:
         s = pairs.load(found, split, 128, cache=tmp_path / "cache")
         for name, m in zip(s.names, s.masks):
             assert np.array_equal(m[0] > 0, lungs[int(name[0])])
@@ -260,9 +266,9 @@ def test_a_folder_is_decoded_once_and_blank_masks_are_masks(own, tmp_path):
 def test_images_are_divided_64_16_20(n, counts):
     """And every thousand exactly so."""
     split_of = pairs.divide({f"{i}": f"{i}" for i in range(n)})
-    assert [list(split_of.values()).count(split) for split in data.SPLITS] == list(counts)
+    assert [list(split_of.values()).count(split) for split in SPLITS] == list(counts)
     split_of = pairs.divide({f"a{i}": f"a{i}" for i in range(1000)})
-    assert [list(split_of.values()).count(split) for split in data.SPLITS] == [640, 160, 200]
+    assert [list(split_of.values()).count(split) for split in SPLITS] == [640, 160, 200]
 
 
 def test_the_division_knows_the_names_alone(own, tmp_path):
@@ -294,7 +300,7 @@ def test_the_images_of_a_patient_stay_together(group, patient):
     split_of = pairs.divide(patients)
     homes = {p: {split_of[s] for s in stems if patients[s] == p} for p in patients.values()}
     assert all(len(splits) == 1 for splits in homes.values())
-    assert set(split_of.values()) == set(data.SPLITS)
+    assert set(split_of.values()) == set(SPLITS)
     if len(homes) > 4:
         share = list(split_of.values()).count("Train") / len(stems)
         assert abs(share - 0.64) < 0.03
@@ -354,7 +360,7 @@ def test_copies_across_splits_are_found_and_no_two_phantoms_are_taken_for_copies
     """60 phantoms of all classes; of four, four copies each are in another split."""
     chests = [phantoms.phantom(0, i, data.CLASSES[i % 3], 128)[0] for i in range(60)]
     small = [data.resize_image(a, 64) for a in chests]
-    splits = dict(zip(data.SPLITS, (small[:40], small[40:50], small[50:])))
+    splits = dict(zip(SPLITS, (small[:40], small[40:50], small[50:])))
     splits = {name: split_of(images, name) for name, images in splits.items()}
     assert pairs.near_duplicates(splits) == []
     for i in (0, 13, 44):
@@ -429,7 +435,7 @@ def test_the_images_of_a_run_are_those_of_split_csv(go_own, own, seen):
     """Held out from Train: Val and Test stay unseen. Another seed has the same."""
     lines = pairs.as_csv(pairs.find(own)[0]).decode().splitlines()[1:]
     names = {s: [n for n, split in (line.split(",") for line in lines) if split == s]
-             for s in data.SPLITS}  # fmt: skip
+             for s in SPLITS}  # fmt: skip
     for i, words in enumerate(("", "--seed 5", "--set held_out=0.25", "--model unet")):
         rest = TINY.replace("--ddim-steps 2 ", "") if "unet" in words else TINY
         assert go_own(words, f"run {i}", rest)[0] == 0
@@ -463,6 +469,18 @@ def test_a_run_does_not_go_on_with_other_images(go_own, own, capsys):
         error = capsys.readouterr().err
         assert "split since: chest 13.png, chest 3.png" in error and error.count("\n") == 1
     assert results_of(folder)["config"]["steps"] == 1
+
+
+def test_a_comparison_looks_at_the_images_of_split_csv(go_own, own):
+    """What was held out of Train, and Test; not where the folder has changed."""
+    _, folder = go_own("--set held_out=0.25")
+    one = compare.read_run(str(folder), CPU)
+    names = {split: [p.name for p in pairs.find(own)[0] if p.split == split] for split in SPLITS}
+    assert compare.split_of("held-out", one, own).names == names["Train"][3::4]
+    assert compare.split_of("Test", one, own).names == names["Test"]
+    (own / "images" / "chest 3.png").unlink()
+    with pytest.raises(UserError, match=r"split since: .*; put the files back"):
+        compare.split_of("Test", one, own)
 
 
 def test_a_warning_names_five_near_duplicates_unless_patients_are_named(go_own, own, capsys):
@@ -518,7 +536,7 @@ def damaged(own, what):
     elif what == "both layouts":
         (own / "Train").mkdir()
     elif what in ("two of three", "Test without masks", "Val without pairs", "the report's"):
-        for split in data.SPLITS:
+        for split in SPLITS:
             shutil.copytree(images, own / split / "images")
             shutil.copytree(masks, own / split / "masks")
         shutil.rmtree(images), shutil.rmtree(masks)
@@ -528,7 +546,7 @@ def damaged(own, what):
             shutil.rmtree(own / "Test" / "masks")
         elif what == "the report's":
             (own / "Lung Segmentation Data").mkdir()
-            for split in data.SPLITS:
+            for split in SPLITS:
                 (own / split).rename(own / "Lung Segmentation Data" / split)
         else:
             for i, file in enumerate(sorted((own / "Val" / "masks").iterdir())):
@@ -661,7 +679,7 @@ WRONG = [  # what, words: the one line; DIR is the folder
         "colour",
         "",
         "DIR/images/chest 1.png: coloured pixels, a gray image (R = G = B) is wanted (and 6 more "
-        "bad files",
+        "bad files: chest 2.png, chest 3.png, chest 4.png, chest 5.png)",
     ),
     ("transparent", "", "DIR/images/chest 2.png: transparent pixels, an opaque gray image is"),
     ("text", "", "DIR/images/chest 2.png: cannot be read: not an image file"),
