@@ -101,9 +101,8 @@ def replace_folders(args):
         masks = pairs.by_stem("--masks", files_in(args.masks))
         mask_of, _ = pairs.naming([Path(path).stem for path in args.images], list(masks))
         alone = [path for path in args.images if Path(path).stem not in mask_of]
-        refuse(
-            alone, f"--masks must have one for each X-ray, and none is for {pairs.listed(alone)}"
-        )
+        rule = "--masks must have one for each X-ray, and none is for"
+        refuse(alone, f"{rule} {pairs.listed(alone)}")
         args.masks = [masks[mask_of[Path(path).stem]] for path in args.images]
     return folders
 

@@ -377,6 +377,14 @@ def test_copies_across_splits_are_found_and_no_two_phantoms_are_taken_for_copies
         }
 
 
+def test_what_all_chests_have_in_common_makes_no_near_duplicate():
+    """The same shading, to which each adds fine structure of its own, a tenth as strong."""
+    rng, shading = np.random.default_rng(0), np.linspace(20, 220, 16)[:, None]
+    a, b = (np.uint8(shading + rng.uniform(-15, 15, (16, 16))) for _ in range(2))
+    assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.97
+    assert pairs.near_duplicates({"Train": split_of([a], "T"), "Val": split_of([b], "V")}) == []
+
+
 def test_the_most_alike_come_first_and_copies_within_a_split_are_no_leak():
     """The same picture, then a blurred one."""
     rng = np.random.default_rng(0)

@@ -127,7 +127,7 @@ def test_what_a_killed_write_leaves_is_known_by_its_name_for_every_file(tmp_path
     temporaries = []
     for name in runs.FILES:
         runs.write_whole(tmp_path / name, lambda f: temporaries.append(f.name) or f.touch())
-    assert len(temporaries) == 10
+    assert len(temporaries) == 11
     assert all(re.fullmatch(runs.TEMPORARY, name) for name in temporaries)
     assert not re.fullmatch(runs.TEMPORARY, ".notes.7.md")
 
