@@ -41,14 +41,14 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "GIF", "WEBP", "JPEG2000")  # of
 JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")  # the one format in which a mask may ring
 MOST_PIXELS, MOST_SIDE = 10**8, 2**16  # of an image: larger ones are refused by their header
 
-CACHE = Path(__file__).resolve().parent / ".cache"
-CACHE_FORMAT = 2  # raise it when decoding or resizing changes: older caches are then stale
+CACHE, CACHE_FORMAT = Path(__file__).resolve().parent / ".cache", 2  # raised when decoding changes
 
 
 class Split(NamedTuple):
     images: np.ndarray  # (N, 1, S, S) uint8
     masks: np.ndarray | None  # (N, 1, S, S) uint8, 0 or 255
     names: list[str]  # "COVID-19/covid_12.png"
+    files: list | None = None  # of the masks, at their own size
 
 
 # ---------------------------------------- ranges: here alone 0..255 becomes [-1, 1]
@@ -424,16 +424,15 @@ def load(root, task, split, classes=None, image_size=64, cache=None, progress=No
 
     names = [f"{c}/{name}" for c, folder in zip(classes, image_folders) for name in files[folder]]
     pixels, shapes = decode_folders(files, image_size, CACHE if cache is None else cache, progress)
-    pixels = pixels[:, None]  # (N, 1, S, S), or with masks (2N, 1, S, S)
+    pixels, n = pixels[:, None], len(names)  # (N, 1, S, S), or with masks (2N, 1, S, S)
     if not masks:
         return Split(pixels, None, names)
 
-    n = len(names)
     for i in np.flatnonzero((shapes[:n] != shapes[n:]).any(1)):
         pair = f"the image is {shapes[i].tolist()}, its mask {shapes[n + i].tolist()} (H, W)"
         problems.append(f"{tree / split}: {names[i]}: {pair}")
     refuse(problems)
-    return Split(pixels[:n], pixels[n:], names)
+    return Split(pixels[:n], pixels[n:], names, [f / n for f in mask_folders for n in files[f]])
 
 
 def divided(split, share):
@@ -445,6 +444,7 @@ def divided(split, share):
 
     def part(rows):
         masks = None if split.masks is None else split.masks[rows]
-        return Split(split.images[rows], masks, [split.names[i] for i in np.flatnonzero(rows)])
+        names, files = ([x[i] for i in np.flatnonzero(rows)] if x else None for x in split[2:])
+        return Split(split.images[rows], masks, names, files)
 
     return part(~out), part(out)

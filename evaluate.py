@@ -19,12 +19,14 @@ import batches
 import config
 import data
 import diffusion
+import fullsize
 import metrics
 import score
 from console import Parser, UserError, exit_status, message, passes_line, path_of
 from devices import autocast, cast_once, divided_among_processes, in_chunks, world
 
 EVAL_SEED = 0  # chooses the images that are evaluated and their x_T, the same in every run (§4.3)
+FULL_SIZE = "at the size of the files"
 REPORT_TABLES = {  # Tables 1 and 2: (addition, concatenation)
     "lung": {
         "DICE index": (0.9529, 0.9541),
@@ -223,8 +225,9 @@ def evaluate_masks(model, cfg, splits, device, progress=None):
     """The eight metrics on the evaluated rows of each split.
 
     Returns {split: {"images": n, "pooled": {name: value}, "per image": {name: (mean, sd, n)}}} and,
-    of the last split, what figures.mask_grid shows: X-rays, true masks, masks, DICE of each. Of an
-    ensemble a split has a "share" too, see metrics.share_report.
+    of the last split, what figures.mask_grid shows: X-rays, true masks, masks, DICE of each. Where
+    the split has files it has FULL_SIZE too, see fullsize.scores; of an ensemble "share", see
+    metrics.share_report.
     """
     report, shown = {}, None
     for name, split in splits.items():
@@ -232,15 +235,15 @@ def evaluate_masks(model, cfg, splits, device, progress=None):
         true = split.masks[rows] > 127
         masks, areas, distances = ensembles(model, cfg, split, rows, device, progress)
         counts = metrics.confusion(masks, true)
-        report[name] = {
-            "images": len(rows),
-            "pooled": metrics.scores(counts.pooled()),
-            "per image": metrics.per_image(counts),
-        }
+        pooled, each = metrics.scores(counts.pooled()), metrics.per_image(counts)
+        report[name] = {"images": len(rows), "pooled": pooled, "per image": each}
         if cfg.ensemble > 1:
             p, lungs = ((masks + 1) / 2).clamp(0, 1), lungs_of(cfg, name, rows)
             share = metrics.share_report(p.numpy(), areas, true, lungs)
             report[name]["share"] = share | {"energy distance": float(distances.mean())}
+        if split.files:
+            files = [split.files[row] for row in rows]
+            report[name][FULL_SIZE] = fullsize.scores(masks, files, cfg.threshold)
         dice = metrics.scores(counts)["DICE index"]
         shown = split.images[rows], split.masks[rows], data.to_uint8(masks), dice
     return report, shown
@@ -366,6 +369,9 @@ def markdown_table(cfg, line, split="Val"):
         train, val = line["Train"]["pooled"][name], line[split]["pooled"][name]
         numbers = [f"{value:.4f}" for value in (*report.get(name, ()), train)]
         lines.append(row_of([name, *numbers, f"**{val:.4f}**", f"{mean:.4f} ± {sd:.4f}"]))
+    if full := line[split].get(FULL_SIZE):
+        numbers = "DICE {DICE index:.4f}, outlines {outline distance:.2f} pixels apart"
+        lines += ["", f"At the size of the files, {of}: {numbers.format(**full)}."]
     return with_note("\n".join(lines))
 
 
@@ -414,8 +420,7 @@ def parse(argv):
     """The command line -> argparse.Namespace."""
     formatter = argparse.RawDescriptionHelpFormatter
     p = Parser("evaluate.py", description=__doc__, formatter_class=formatter)
-    words = "results.json of a run that has masks"
-    p.add_argument("results", type=path_of, nargs="+", metavar="FILE", help=words)
+    p.add_argument("results", type=path_of, nargs="+", metavar="FILE", help="results.json of masks")
     return p.parse_args(argv)
 
 

@@ -330,6 +330,33 @@ def dice_difference(a, b, rng, draws=2000):
     return float(difference(np.ones(B, int))), float(np.std(drawn, ddof=1))
 
 
+def outline_distance(a, b):
+    """Mean distance, in pixels, between the outlines of two masks: from each to the nearest of the
+    other, over the pixels of both. nan where a mask has no outline.
+
+    a, b  (H, W) bool. An outline is the pixels inside that have one outside above, below or beside;
+          the edge of the picture is none.
+    """
+    a, b = outline(a), outline(b)
+    if not (len(a) and len(b)):
+        return float("nan")
+    return float(np.concatenate([to_nearest(a, b), to_nearest(b, a)]).mean())
+
+
+def outline(mask):
+    """(H, W) bool -> (n, 2) rows and columns of the pixels of its outline."""
+    m = np.pad(mask, 1, mode="edge")
+    within = m[:-2, 1:-1] & m[2:, 1:-1] & m[1:-1, :-2] & m[1:-1, 2:]
+    return np.argwhere(mask & ~within)
+
+
+def to_nearest(points, others):
+    """(n, 2), (m, 2) -> (n,) distances to the nearest of the others; parts need little memory."""
+    parts = np.array_split(points, 1 + len(points) * len(others) // 2**20)
+    squares = [((part[:, None] - others) ** 2).sum(2).min(1) for part in parts]
+    return np.concatenate(squares) ** 0.5
+
+
 # ---------------------------------------- synthesis: how far are two sets of X-rays?
 
 

@@ -317,7 +317,9 @@ def load(pairs, split, image_size=64, threshold=0, cache=None, progress=None):
     blank = threshold and split == "Train" and not masks.any()
     rule = f"--set threshold must leave something inside a mask of Train, got {threshold}"
     refuse(blank, f"{rule}: every value is below it")
-    return data.Split(images, masks, [pair.name for pair in here if pair.split == split])
+    own = [pair for pair in here if pair.split == split]
+    paths = [folder / "masks" / pair.mask for pair in own]
+    return data.Split(images, masks, [pair.name for pair in own], paths)
 
 
 def thumbnails(images):

@@ -38,13 +38,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, PngImagePlugin
-from torch.nn import functional as F
 
 import config
 import console
 import data
 import devices
 import evaluate
+import fullsize
 import metrics
 import pairs
 import runs
@@ -268,11 +268,11 @@ def write_files_of_xray(name, image, true, masks, title):
     xray = data.read_gray(image)
     mean, spread = masks.mean(0), masks.std(0, correction=0)  # -1..1, 0..1
     data.to_uint8(mean)  # refuses nan
-    inside = enlarge(mean, xray.shape, lambda x: (x > 0).numpy()).view(bool)
+    inside = fullsize.inside(mean, xray.shape)
     write_gray(f"{name}-mask.png", np.uint8(255) * inside)
     if len(masks) > 1:
-        write_gray(f"{name}-mean.png", enlarge(mean, xray.shape, data.to_uint8))
-        spread = enlarge(spread, xray.shape, lambda x: data.to_uint8(2 * x - 1))
+        write_gray(f"{name}-mean.png", fullsize.enlarge(mean, xray.shape, data.to_uint8))
+        spread = fullsize.enlarge(spread, xray.shape, lambda x: data.to_uint8(2 * x - 1))
         write_gray(f"{name}-disagreement.png", spread)
         del spread  # memory is for the overlay
     title = f"{printable(name.name)}\n{title}; not for diagnosis"
@@ -281,22 +281,6 @@ def write_files_of_xray(name, image, true, masks, title):
     write_whole(Path(f"{name}-overlay.png"), lambda f: figures.save_overlay(f, **overlay))
     gc.collect()  # the parts of a picture refer to each other, and would stay
     return [] if true is None else [metrics.confusion(inside[None], true[None])]
-
-
-def enlarge(x, size, pixels_of):
-    """pixels_of(x enlarged), (H, W) uint8, of x (S, S). Bilinear; strips need little memory.
-
-    Where a side shrinks, all pixels under an output pixel count.
-    """
-    pixels, wide = np.empty(size, np.uint8), widened(x, size[1])  # (H, W), (S, W)
-    for columns in data.strips(size[::-1]):
-        pixels[:, columns] = pixels_of(widened(wide[:, columns].T, size[0])).T
-    return pixels
-
-
-def widened(x, width):
-    """(H, W) -> (H, width). The height never changes: torch 2.13 gets that of one column wrong."""
-    return F.interpolate(x[None, None], (len(x), width), mode="bilinear", antialias=True)[0, 0]
 
 
 def write_gray(path, gray):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent
 LEVELS = [  # a module imports project modules of lower levels only
     {"diffusion", "rrdb", "metrics", "console", "figures", "peers"},
     {"unet", "score", "data", "probes"},
-    {"ambiguous", "baselines", "batches", "devices", "patches", "pairs"},
+    {"ambiguous", "baselines", "batches", "devices", "fullsize", "patches", "pairs"},
     {"config", "phantoms"},
     {"evaluate", "runs"},
     {"train", "sample"},

@@ -11,6 +11,7 @@ from scipy.linalg import sqrtm
 from scipy.stats import norm
 from sklearn import metrics as sk
 
+import metrics
 from metrics import (
     NAMES,
     Counts,
@@ -27,6 +28,7 @@ from metrics import (
     frechet_distance,
     image_features,
     interval_score,
+    outline_distance,
     per_image,
     scores,
     share_report,
@@ -511,3 +513,33 @@ def test_the_error_of_a_difference_of_dice_is_that_of_its_images():
     both = dice_difference([a, b], [every, every], rng)[0]  # two seeds: the mean of their DICE
     dice_every = scores(every.pooled())["DICE index"]
     assert both == pytest.approx((dice_a + dice_b) / 2 - dice_every, abs=1e-12)
+
+
+# ---------------------------------------- outlines
+
+
+def test_the_distance_of_two_outlines_has_its_closed_form():
+    """Half-planes 3 rows apart: 3. A square in another, k = 2 outside it: corners are farther."""
+    rows = np.broadcast_to(np.arange(30)[:, None], (30, 40))
+    assert outline_distance(rows > 10, rows > 13) == 3 == outline_distance(rows > 13, rows > 10)
+    assert outline_distance(rows > 10, rows > 10) == 0
+    y, x = np.mgrid[:40, :40]
+    far = np.maximum(abs(x - 20), abs(y - 20))
+    small, large = far <= 8, far <= 10
+    # From the 64 pixels of the small outline 2 each; from the 80 of the large one 2 but at corners
+    corners = 4 * (2 * np.sqrt(2) + 2 * np.hypot(2, 1))
+    expected = (64 * 2 + (80 - 12) * 2 + corners) / 144
+    assert outline_distance(small, large) == pytest.approx(expected)
+    for blank in (np.zeros_like(small), np.ones_like(small)):
+        assert np.isnan(outline_distance(small, blank)) and np.isnan(outline_distance(blank, small))
+
+
+def test_outlines_of_a_million_pairs_are_measured_in_parts(monkeypatch):
+    """The same number however many parts, by brute force."""
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 60, 60)) < 0.5
+    found = outline_distance(a, b)
+    p, q = metrics.outline(a), metrics.outline(b)
+    assert len(p) * len(q) > 2**20
+    far = np.hypot(*(p[:, None] - q).transpose(2, 0, 1))
+    assert found == pytest.approx(np.concatenate([far.min(1), far.min(0)]).mean())

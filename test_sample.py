@@ -16,6 +16,7 @@ import data
 import devices
 import evaluate
 import figures
+import fullsize
 import metrics
 import runs
 import sample
@@ -164,48 +165,18 @@ def test_the_mask_is_enlarged_before_it_is_thresholded(mirror, call, tmp_path):
     assert set(first) == {85}
 
 
-def test_where_a_side_shrinks_all_pixels_under_an_output_pixel_count():
-    """Columns -1, 1, 1, -1 at a quarter of the width: 0, and not what the middle of four shows."""
-    x = torch.tensor([-1.0, 1.0, 1.0, -1.0]).repeat(8, 8)
-    assert np.abs(sample.enlarge(x, (8, 8), data.to_uint8) - 127.5).max() < 0.3 * 127.5
-
-
-@pytest.mark.parametrize("size", [(S, S), (300, 411), (411, 30), (5, 2000), (1, 90), (7, 9)])
-def test_an_enlargement_in_strips_is_that_of_the_whole_bit_for_bit(monkeypatch, size):
-    """For each width of the strips, that of one column too."""
-    x = torch.rand(S, S, generator=torch.Generator().manual_seed(0))
-    whole = dict(size=size, mode="bilinear", antialias=True)
-    whole = torch.nn.functional.interpolate(x[None, None], **whole)[0, 0].numpy()
-    for n in (1, 7, 64, 10**6):
-        strips = [slice(i, i + n) for i in range(0, size[1], n)]
-        monkeypatch.setattr(data, "strips", lambda shape, strips=strips: strips)
-        bits = np.stack([sample.enlarge(x, size, byte_of(k)) for k in range(4)], -1)
-        assert np.array_equal(bits.view(np.float32)[..., 0], whole)
-
-
-def byte_of(k):
-    """(H, W) float32 -> byte k of each number, (H, W) uint8."""
-    return lambda x: x.contiguous().numpy().view(np.uint8)[:, k::4]
-
-
-def test_one_column_is_enlarged_as_one_row_is():
-    x = torch.rand(S, S, generator=torch.Generator().manual_seed(0))
-    column, row = (sample.enlarge(a, b, data.to_uint8) for a, b in ((x, (90, 1)), (x.T, (1, 90))))
-    assert np.ptp(column) > 20 and np.abs(column.T.astype(int) - row).max() <= 1
-
-
 def test_no_number_of_4_bytes_is_held_for_each_pixel_of_a_large_xray(
     lung, call, tmp_path, monkeypatch
 ):
     """Nor are the pixels copied into wider ones: a strip of a million at a time."""
-    sizes, widened = [], sample.widened
+    sizes, widened = [], fullsize.widened
 
     def recorded(*args):
         strip = widened(*args)
         sizes.append(strip.numel())
         return strip
 
-    monkeypatch.setattr(sample, "widened", recorded)
+    monkeypatch.setattr(fullsize, "widened", recorded)
     path = save(tmp_path / "in" / "x.png", np.full((2000, 3000), 90, np.uint8))
     assert call(lung, "--images", path, "--ensemble", 2)[0] == 0
     assert max(sizes) <= 2**20 and sum(sizes) > 3 * 2000 * 3000
