@@ -13,7 +13,7 @@ shares  How far a share of the lungs may be off, said by the masks of diffusion 
         They were trained with --set held_out=0.2; intervals are learned on what was held out.
 
 dice and time take runs that differ in their seed alone together, in one row. A run folder is named
-NAME-SEED. --out FILE writes all numbers as JSON; time draws its curves beside it, FILE.png.
+NAME-SEED. --out FILE.json writes all numbers; time draws its curves beside it, FILE.png.
 """
 
 import argparse
@@ -225,13 +225,19 @@ def time(args, trained, root, device):
     return {"images": trained[0].cfg.eval_images, "rows": rows}
 
 
+def picture_of(out):
+    """FILE.png of --out FILE.json. UserError: it would replace something else."""
+    picture = Path(out).with_suffix(".png")
+    foreign = picture == Path(out) or picture.exists() and not Path(out).exists()
+    refuse(foreign, f"--out draws {picture} too, and must not replace anything else, got {out}")
+    return picture
+
+
 def draw_time(rows, path, title):
     """The curves of rows_of_time."""
     import figures  # matplotlib takes a while to load
 
-    lines = {
-        f"{row['name']}, {row['passes']} passes": (row["minutes"], row["DICE"]) for row in rows
-    }
+    lines = {f"{row['name']}, 1 x {row['passes']}": (row["minutes"], row["DICE"]) for row in rows}
     how = dict(xlabel="minutes of training", ylabel="DICE of validation", ylim=(0.9, 1.0))
     picture = figures.plot(dict(lines=lines, style="both", **how), title=title, height=3.6)
     runs.write_whole(path, lambda f: picture.savefig(f, dpi=150))
@@ -401,6 +407,8 @@ def check(args, trained):
         other = [name for name in alike if getattr(cfg, name) != getattr(first, name)]
         refuse(other, f"{run} differs from {trained[0].run} in {', '.join(other)}")
     refuse_out(args.out, "compare.py", STARTS)
+    if args.out and args.compare == "time":
+        picture_of(args.out)
 
 
 STARTS = '{\n "compare": '  # what a result of compare.py starts with
@@ -426,7 +434,7 @@ def carry_out(args):
     if args.out:
         runs.write_result(args.out, result, device)
         if args.compare == "time":
-            draw_time(result["rows"], Path(f"{args.out}.png"), f"{cfg.task} masks of {kind}")
+            draw_time(result["rows"], picture_of(args.out), f"{cfg.task} masks of {kind}")
     return 0
 
 

@@ -281,7 +281,7 @@ def test_the_commands_print_their_tables_and_write_their_numbers(
     numbers = json.loads(out.read_text())
     assert numbers["rows"][0]["minutes"] == pytest.approx([0.1, 0.2])  # evaluated at 2 and 4
     assert compare.table(numbers) in capsys.readouterr().out
-    assert (tmp_path / "new" / "numbers.json.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "numbers.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -293,6 +293,8 @@ def test_the_commands_print_their_tables_and_write_their_numbers(
         ("shares --masks 1", {}, "--masks must be at least 2 for each of 1 runs, got 1"),
         ("time --rounds 0", {}, "--rounds must be at least 1, got 0"),
         ("dice --out {run}/log.jsonl", {}, "--out must be a new file where one can be written"),
+        ("time --out {run}/curves.json", {}, "must not replace anything else, got"),
+        ("time --out {run}/new.png", {}, "must not replace anything else, got"),
         ("dice --ddim-steps 5000", {}, "--ddim-steps must be between 1 and T = 1000"),
         ("dice --ways 1x5000", {}, "--ddim-steps must be between 1 and T = 1000"),
     ],

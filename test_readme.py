@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
-FILES = [ROOT / "README.md", *sorted(RESULTS.glob("**/README.md"))]
+FILES = [ROOT / "README.md", ROOT / "weights/README.md", *sorted(RESULTS.glob("**/README.md"))]
 TEXTS = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in FILES}
 README = TEXTS["README.md"]
 ALL = "\n\n".join(TEXTS.values())
@@ -221,18 +221,20 @@ def test_every_training_command_is_accepted(arguments):
         accept_training(arguments)
 
 
-@pytest.mark.parametrize("script", ["sample.py", "studies.py", "benchmark.py"])
+@pytest.mark.parametrize("script", ["sample.py", "studies.py", "compare.py", "benchmark.py"])
 def test_every_other_command_is_accepted(script):
     """Each script parses its own."""
     assert commands(script)
     for arguments in commands(script):
         args = parser_of(script)(shlex.split(arguments))
-        runs = [args.run] if script == "sample.py" else getattr(args, "runs", [])
+        runs = getattr(args, "runs", None) or [args.run] if script != "benchmark.py" else []
         assert all(run.startswith("runs/") for run in runs)
         assert runs or script == "benchmark.py"
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "studies.py", "benchmark.py"])
+@pytest.mark.parametrize(
+    "script", ["train.py", "sample.py", "studies.py", "compare.py", "benchmark.py"]
+)
 def test_the_commands_of_the_docstrings_are_accepted(script):
     """What a script's own help shows. An example stands before two spaces and its words."""
     doc = importlib.import_module(script.removesuffix(".py")).__doc__
@@ -304,24 +306,9 @@ def test_the_commands_of_the_runs_make_the_settings_that_results_recorded():
     for name, arguments in rows:
         cfg = config.configure(config.parse(shlex.split(arguments)), CPU)
         now = json.loads(json.dumps(dataclasses.asdict(cfg))) | {"clip": cfg.max_grad_norm}
+        now["noises"] = 1  # which was a setting
         for setting, value in published()[name]["config"].items():
             assert setting in aside or now[setting] == value, (name, setting)
-
-
-def test_the_table_of_passes_repeats_the_evaluations_of_results():
-    """Evaluations of a run's last step on the same images, one mask each; empty where not run."""
-    rows = table_below("| run | 1 pass | 2 | 5 | 50 |")
-    assert len(rows) >= 5
-    for line in rows:
-        name, numbers = re.fullmatch(r"\| \[.*\]\(([\w-]+\.json)\) \|(.*)\|", line).groups()
-        result = published()[name]
-        last = (result["evaluation"]["step"], result["config"]["eval_images"], 1)
-        found = {}
-        for e in result["evaluations"]:
-            if (e["step"], e["protocol"]["eval_images"], e["protocol"]["ensemble"]) == last:
-                found[e["protocol"]["ddim_steps"]] = digits(e["Val"]["DICE index"])
-        cells = [number.strip() for number in numbers.split("|")]
-        assert cells == [found.get(passes, "") for passes in (1, 2, 5, 50)], name
 
 
 def test_the_table_beside_the_report_is_what_evaluate_py_prints():
@@ -333,90 +320,6 @@ def test_the_table_beside_the_report_is_what_evaluate_py_prints():
 
 
 # ---------------------------------------- models, switches, samplers
-
-
-def cells_of_model(result, cost):
-    """The rows of the table in bf16: those whose schedule is not shifted."""
-    for r in result["rows"]:
-        if "shift" not in r["command"]:
-            cells = [r["task"], r["steps"], r["model"], f"`{r['command']}`", r["passes"]]
-            yield row(*cells, cost[r["cost"]], spread(r["one"]), spread(r["nine"]))
-
-
-def rows_in_float32(result):
-    """One row a command: {masks x passes: DICE}, of the shifted schedule and of seed 0 again."""
-    runs = {}
-    for r in result["rows"]:
-        if "shift" in r["command"]:
-            run = runs.setdefault(r["command"], {})
-            run |= {f"1 x {r['passes']}": v for v in r["one"]}
-            run |= {f"9 x {r['passes']}": v for v in r["nine"]}
-    for r in result["float32, seed 0"]["runs"]:
-        numbers = {key.removesuffix("es").removesuffix(" pass"): v for key, v in r["DICE"].items()}
-        runs[r["command"]] = {k if " x " in k else f"1 x {k}": v for k, v in numbers.items()}
-    for command, numbers in sorted(runs.items(), reverse=True):
-        task = command.split("--task ")[1].split()[0]
-        keys = ("1 x 1", "1 x 2", "1 x 5", "1 x 50", "9 x 2", "9 x 5")
-        assert numbers.keys() <= set(keys)
-        yield row(task, f"`{command}`", *(digits(numbers.get(key)) for key in keys))
-
-
-def rows_of_lacks(phantoms, xrays):
-    """What one mask of two passes lacks against nine, against one pass, against the supervised."""
-
-    def line(name, two, nine, one, supervised):
-        against = (None if value is None else value - two for value in (nine, one, supervised))
-        return row(name, *(digits(value) or "not run" for value in against))
-
-    for name, task, steps in (
-        ("lungs, 500 steps", "lung", 500),
-        ("lungs, 1000 steps", "lung", 1000),
-        ("infections", "infection", 1000),
-    ):
-        same = [r for r in phantoms["rows"] if (r["task"], r["steps"]) == (task, steps)]
-        (one,) = (r for r in same if r["model"] == "diffusion" and r["passes"] == 1)
-        (two,) = (r for r in same if r["model"] == "diffusion" and r["passes"] == 2)
-        supervised = same[0]
-        assert supervised["model"] == "the report's network, supervised"
-        values = (two["one"], two["nine"], one["one"], supervised["one"])
-        assert {len(value) for value in values} == {3}
-        yield line(name, *(np.mean(value) for value in values))
-    supervised, (one, two) = xrays["rows"][0], xrays["rows"][-2:]
-    for split in ("Val", "Test"):
-        numbers = (two[split], two[f"{split}, nine"], one[split], supervised[split])
-        yield line(f"real X-rays, {split}", *numbers)
-
-
-def test_the_table_of_models_is_that_of_results():
-    """Each row of phantoms in bf16, and what its mask costs by benchmark.py --models."""
-    cost = {r["model"]: digits(1e3 * r["mask"], 1) for r in read("speed/cpu-models.json")["models"]}
-    header = ("task", "steps of 16", "model", "command", "passes a mask", "ms a mask")
-    rows = table_below(row(*header, "DICE of one mask", "of the mean of 9"))
-    assert rows == list(cells_of_model(studies("small-phantoms"), cost)) and len(rows) > 15
-
-
-def test_the_table_in_float32_is_that_of_results():
-    """The shifted schedule, and seed 0 of the recipe and of the supervised networks."""
-    header = ("task", "command", "1 x 1 passes", "1 x 2", "1 x 5", "1 x 50", "mean of 9 x 2")
-    rows = table_below(row(*header, "mean of 9 x 5"))
-    assert rows == list(rows_in_float32(studies("small-phantoms"))) and len(rows) == 5
-
-
-def test_the_table_of_what_two_passes_lack_is_that_of_results():
-    """Differences of the means of the seeds."""
-    header = ("data", "against the mean of 9", "against one mask of 1 pass")
-    rows = table_below(row(*header, "against the supervised network"))
-    assert rows == list(rows_of_lacks(studies("small-phantoms"), studies("small-xrays")))
-
-
-def test_the_table_of_real_xrays_is_that_of_results():
-    """Train to Val, and to Test; empty where not run."""
-    header = ("model", "command", "passes a mask", "Val: one mask", "mean of 9", "Test: one mask")
-    keys, rows = ("Val", "Val, nine", "Test", "Test, nine"), []
-    for r in studies("small-xrays")["rows"]:
-        cells = (digits(r[key]) for key in keys)
-        rows.append(row(r["model"], f"`{r['command']}`", r["passes"], *cells))
-    assert table_below(row(*header, "mean of 9")) == rows
 
 
 def test_the_table_of_switches_is_that_of_results():
@@ -439,7 +342,7 @@ def test_a_switch_changes_what_it_names_and_nothing_else():
         return dataclasses.asdict(config.configure(config.parse(words), CPU))
 
     base = settings("")
-    assert (base["noises"], base["t_power"], base["eval_every"]) == (1, 2, 250)
+    assert (base["t_power"], base["eval_every"]) == (2, 250)
     for r in result["rows"]:
         words = r["flags"].replace("--set ", "").replace("--", "").replace(" ", "=")
         named = set(re.findall(r"[a-z_]+(?==)", words)) & base.keys()
@@ -485,11 +388,14 @@ def test_the_tables_of_speed_are_what_benchmark_py_printed():
         assert {"commit", "hardware", "torch", "config"} <= result.keys()
 
 
-def test_the_tables_of_the_studies_are_what_studies_py_printed():
-    """Each JSON of results/probes/ and results/shares/ as the script's own table, word for word."""
-    files = [*(RESULTS / "probes").glob("*.json"), *(RESULTS / "shares").glob("*.json")]
-    assert len(files) >= 4
-    for file in files:
-        result = read(file)
-        assert importlib.import_module("studies").table(result) in ALL, file.name
-        assert {"commit", "hardware", "torch", "data", "seed"} <= result.keys()
+def test_the_tables_of_the_studies_are_what_the_scripts_printed():
+    """Each JSON of studies.py and compare.py as the script's own table, word for word."""
+    found = {
+        file: json.loads(file.read_text(encoding="utf-8")) for file in RESULTS.glob("*/*.json")
+    }
+    found = {file: r for file, r in found.items() if {"study", "compare"} & r.keys()}
+    assert len(found) >= 8
+    for file, result in found.items():
+        script = "studies" if "study" in result else "compare"
+        assert importlib.import_module(script).table(result) in ALL, file.name
+        assert {"commit", "hardware", "torch", "data"} <= result.keys()

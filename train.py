@@ -161,7 +161,7 @@ class Run:
 
     def train(self):
         """Steps, log lines, evaluations and checkpoints, until cfg.steps or a stop signal."""
-        trainer, (images, masks, _) = self.trainer, self.splits["Train"]
+        trainer, (images, masks, *_) = self.trainer, self.splits["Train"]
         images = torch.from_numpy(images).to(self.device)
         masks = None if masks is None else torch.from_numpy(masks).to(self.device)
         log_every = min(50, max(1, self.cfg.steps // 100))
