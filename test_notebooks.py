@@ -36,7 +36,12 @@ def project(tmp_path_factory):
     What the kernels write stays there.
     """
     root = tmp_path_factory.mktemp("project")
-    for file in [*ROOT.glob("*.py"), *ROOT.glob("notebooks/*.*"), *ROOT.glob("results/*/*.json")]:
+    for file in [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("notebooks/*.*"),
+        *ROOT.glob("results/*/*.json"),
+        *ROOT.glob("weights/*.pt"),
+    ]:
         (root / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, root / file.relative_to(ROOT))
     for tree in phantoms.PHANTOM_COUNTS:
