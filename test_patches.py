@@ -13,7 +13,7 @@ TINY = dict(channels=8, channel_mult=(1, 2), blocks=1, attention_at=(4,), head_c
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 4])
-def test_patches_are_undone_exactly_and_pixel_i_j_of_a_patch_is_channel_p_i_j(p):
+def test_patches_are_undone_exactly(p):
     """Every pixel by its number."""
     x = torch.arange(2 * 36 * p * p).view(2, 1, 6 * p, 6 * p)
     found = to_patches(x, p)
