@@ -420,7 +420,9 @@ def test_a_run_has_a_table_of_its_own_numbers_alone_and_test_where_asked_for(go_
         "| mean ± sd of the images |"
     )
     evaluation = results_of(folder)["evaluation"]
-    assert [row.split(" | ")[0][2:] for row in rows] == list(evaluation["Val"]["pooled"])
+    names = [row.split(" | ")[0][2:] for row in rows[: rows.index("")]]
+    assert names == list(evaluation["Val"]["pooled"])
+    assert rows[-1].startswith("At the size of the files, validation: DICE ")
     assert "**here: 2 of Test**" in (folder / "test.md").read_text()
     assert "lungs" not in evaluation["Val"]["share"]
     assert (folder / "split.csv").read_bytes() == pairs.as_csv(pairs.find(own)[0])
