@@ -36,7 +36,6 @@ import evaluate
 import metrics
 import phantoms
 import runs
-from config import refuse
 from console import (
     Parser,
     UserError,
@@ -44,6 +43,7 @@ from console import (
     message,
     passes_line,
     path_of,
+    refuse,
     refuse_out,
 )
 from diffusion import Purpose, philox
@@ -347,7 +347,7 @@ def table(result):
 def table_of_shares(rows):
     """What `intervals` found, a row for each spread."""
     names = ("raw: coverage", "width", "CRPS", "conformal: coverage", "width", "CRPS")
-    lines = [evaluate.row_of(["spread", "DICE", "bias", "mean absolute error", *names])]
+    lines = [row_of(["spread", "DICE", "bias", "mean absolute error", *names])]
     lines.append("|---" * 10 + "|")
     for row in rows:
         cells = [row["spread"], f"{row['DICE']:.4f}", f"{row['bias']:+.4f}"]
@@ -355,7 +355,7 @@ def table_of_shares(rows):
         for kind in ("raw", "conformal"):
             found = row.get(kind) or dict.fromkeys(("coverage", "width", "CRPS"), math.nan)
             cells += [f"{found['coverage']:.2f}", f"{found['width']:.4f}", f"{found['CRPS']:.5f}"]
-        lines.append(evaluate.row_of(cells).replace("nan", ""))
+        lines.append(row_of(cells).replace("nan", ""))
     return "\n".join(lines)
 
 

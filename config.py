@@ -17,7 +17,7 @@ import baselines
 import devices
 import diffusion
 import patches
-from console import Parser, UserError, path_of
+from console import Parser, UserError, path_of, refuse
 from data import CLASSES, DEFAULT_CLASSES
 from unet import CONDITIONINGS, begin_as_addition
 
@@ -273,12 +273,6 @@ def default_of(name, words):
         if set(case.split()) <= words:
             default = value
     return default
-
-
-def refuse(wrong, message):
-    """UserError with the message, if something is wrong."""
-    if wrong:
-        raise UserError(message)
 
 
 def refuse_contradictions(given):

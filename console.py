@@ -100,6 +100,12 @@ def exit_status(program, work, less_memory, left_behind):
 # ---------------------------------------- files
 
 
+def refuse(wrong, message):
+    """UserError with the message, if something is wrong."""
+    if wrong:
+        raise UserError(message)
+
+
 def refuse_out(out, script, starts):
     """UserError: --out cannot be written, or is a file of something else. None: nothing to write.
 
@@ -111,8 +117,7 @@ def refuse_out(out, script, starts):
         earlier = file.is_file() and file.read_bytes().startswith(starts.encode())
         free = place.is_dir() and os.access(place, os.W_OK) and (earlier or not file.exists())
         rule = f"--out must be a new file where one can be written, or a result of {script}"
-        if not free:
-            raise UserError(f"{rule}, got {out}")
+        refuse(not free, f"{rule}, got {out}")
 
 
 @contextlib.contextmanager

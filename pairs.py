@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 import data
-from console import UserError, message, progress_line
+from console import UserError, message, progress_line, refuse
 from data import SPLITS
 
 PARTS = ("images", "masks")
@@ -47,12 +47,6 @@ class Pair(NamedTuple):
 
 
 # ---------------------------------------- the folders
-
-
-def refuse(wrong, message):
-    """UserError with the message, if something is wrong."""
-    if wrong:
-        raise UserError(message)
 
 
 def listed(names):

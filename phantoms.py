@@ -404,7 +404,7 @@ def locate(folder, task):
     """
     own = task == "masks"
     rule = "--task masks needs --data DIR, a folder with images/ and masks/"
-    pairs.refuse(own and folder is None, f"{rule}, got none")
+    console.refuse(own and folder is None, f"{rule}, got none")
     homes = [home for home in DATA_HOMES if home.is_dir()]
     if folder is None and not homes:
         return PHANTOMS, True

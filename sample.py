@@ -48,8 +48,7 @@ import fullsize
 import metrics
 import pairs
 import runs
-from config import refuse
-from console import Parser, UserError, exit_status, message, path_of, printable, write_whole
+from console import Parser, UserError, exit_status, message, path_of, printable, refuse, write_whole
 
 CHANGEABLE = ("sampler", "ddim_steps", "ensemble")  # settings of the run that a flag replaces
 MOST_MEMBERS = 64  # of an ensemble: those of one X-ray go through the network together

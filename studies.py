@@ -34,8 +34,7 @@ import phantoms
 import probes
 import runs
 import train
-from config import refuse
-from console import Parser, exit_status, message, path_of, progress_line, refuse_out
+from console import Parser, exit_status, message, path_of, progress_line, refuse, refuse_out
 from diffusion import Purpose
 
 # ---------------------------------------- anomaly maps [12]
