@@ -5,7 +5,8 @@ r"""Several trained runs on the same images: how good, how soon, how certain.
     python compare.py shares runs/infection-concat-0
 
 dice    The DICE of each on all of validation, how much higher it is than that of the first run, and
-        how far chance alone moves the difference.
+        how far chance alone moves the difference. --full-size judges at the size of the mask files,
+        where runs of any --image-size compare, and says how far apart the outlines are.
 time    Minutes of training on this machine. The steps of all runs are timed in turns; the DICE at
         each time is that of the run's own evaluations.
 shares  How far a share of the lungs may be off, said by the masks of diffusion or the probabilities
@@ -33,6 +34,8 @@ import config
 import data
 import devices
 import evaluate
+import fullsize
+import intervals
 import metrics
 import phantoms
 import runs
@@ -101,25 +104,36 @@ def configure(cfg, way):
     return dataclasses.replace(cfg, ensemble=way[0], ddim_steps=way[1])
 
 
-def counts_of(trained, ways, split, device, progress):
-    """{way: metrics.Counts of each image of a split}; a supervised network has the way (1, 1)."""
+class Judged(NamedTuple):
+    """The masks of n images beside the true ones."""
+
+    counts: metrics.Counts  # of (n,)
+    outlines: np.ndarray | None  # (n,) pixels apart, at the size of the files; nan: undefined
+
+
+def judge(trained, ways, split, full_size, device, progress):
+    """{way: Judged}; a supervised network has the way (1, 1) alone."""
     rows, found = np.arange(len(split.images)), {}
     for way in [(1, 1)] if trained.cfg.supervised else ways:
         cfg = configure(trained.cfg, way)
         mean = evaluate.segment(trained.model, cfg, split.images, rows, device, progress)
-        found[way] = metrics.confusion(mean, split.masks[rows] > 127)
+        if full_size:
+            found[way] = Judged(*fullsize.measured(mean, split.files, cfg.threshold))
+        else:
+            found[way] = Judged(metrics.confusion(mean, split.masks[rows] > 127), None)
     return found
 
 
-def rows_of_dice(groups, counts):
+def rows_of_dice(groups, judged):
     """A row for each group and way: DICE of each seed, and its difference to the first row.
 
-    counts  {run: what counts_of returns}. A standard error is by bootstrap over the images.
+    judged  {run: what `judge` returns}. A standard error is by bootstrap over the images.
     """
     first, rows = None, []
     for name, group in groups.items():
-        for masks, passes in counts[group[0].run]:
-            each = [counts[one.run][masks, passes] for one in group]
+        for masks, passes in judged[group[0].run]:
+            found = [judged[one.run][masks, passes] for one in group]
+            each = [one.counts for one in found]
             dice = [metrics.scores(c.pooled())["DICE index"] for c in each]
             row = {"name": name, "steps": group[0].cfg.steps, "masks": masks, "passes": passes}
             row |= {"seeds": [one.cfg.seed for one in group], "DICE": dice}
@@ -127,37 +141,48 @@ def rows_of_dice(groups, counts):
                 rng = philox(evaluate.EVAL_SEED, Purpose.BOOTSTRAP, 0)
                 difference, error = metrics.dice_difference(each, first, rng)
                 row |= {"difference": difference, "standard error": error}
+            if found[0].outlines is not None:
+                row["outlines"] = [fullsize.mean_distance(one.outlines) for one in found]
             first = first or each
             rows.append(row)
     return rows
 
 
-def spread(values):
+def spread(values, digits=4):
     """Mean ± standard deviation of several seeds; of one seed the number itself."""
-    sd = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{sd}"
+    sd = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{sd}"
 
 
 def table_of_dice(rows):
     """What rows_of_dice returns, as Markdown."""
-    names = ("run", "steps", "seeds", "masks x passes", "DICE", "less the first row's")
+    names = ["run", "steps", "seeds", "masks x passes", "DICE", "less the first row's"]
+    names += ["outlines, pixels apart"] if "outlines" in rows[0] else []
     lines = [row_of(names), "|---" * len(names) + "|"]
     for row in rows:
         cells = [row["name"], row["steps"], len(row["seeds"]), f"{row['masks']} x {row['passes']}"]
         apart = (
             f"{row['difference']:+.4f} ± {row['standard error']:.4f}" if "difference" in row else ""
         )
-        lines.append(row_of([*map(str, cells), spread(row["DICE"]), apart]))
+        cells += [spread(row["DICE"]), apart]
+        cells += [spread(row["outlines"], 2)] if "outlines" in row else []
+        lines.append(row_of(map(str, cells)))
     return "\n".join(lines)
 
 
 def dice(args, trained, root, device):
     """The study of DICE: a dict for results/."""
-    groups, split = groups_of(trained), split_of(args.split, trained[0], root)
+    groups = groups_of(trained)
+    sizes = {one.cfg.image_size: one for one in trained}  # a run of each size
+    splits = {size: split_of(args.split, one, root) for size, one in sizes.items()}
+    images = len(splits[trained[0].cfg.image_size].images)
     each = [1 if one.cfg.supervised else sum(m * n for m, n in args.ways) for one in trained]
-    progress = passes_line("segmenting: passes", len(split.images) * sum(each))
-    counts = {one.run: counts_of(one, args.ways, split, device, progress) for one in trained}
-    return {"images": len(split.images), "rows": rows_of_dice(groups, counts)}
+    progress, judged = passes_line("segmenting: passes", images * sum(each)), {}
+    for one in trained:
+        split = splits[one.cfg.image_size]
+        judged[one.run] = judge(one, args.ways, split, args.full_size, device, progress)
+    facts = {"images": images} | ({"full size": True} if args.full_size else {})
+    return facts | {"rows": rows_of_dice(groups, judged)}
 
 
 # ---------------------------------------- DICE against minutes
@@ -246,77 +271,6 @@ def draw_time(rows, path, title):
 # ---------------------------------------- a share and its interval [1], [21]
 
 
-class Shares(NamedTuple):
-    """What one network, or several together, say about the shares of n X-rays."""
-
-    true: np.ndarray  # (n,)
-    estimate: np.ndarray  # (n,)
-    spreads: dict  # {how it was found: (n,)}, from 0 for certain
-    samples: np.ndarray | None  # (n, N) shares of N masks; None: one supervised network
-    quality: dict  # DICE of the mean mask, calibration error of its pixels
-
-
-def shares_of(networks, split, lungs, masks, device, progress):
-    """The Shares of all X-rays of a split by the networks [(model, cfg), ...] of one kind.
-
-    Diffusion: all networks together draw `masks` masks, and the estimate is the mean of their
-    shares. Supervised: it is the sum of the probabilities. The spread is the standard deviation of
-    the masks, or of several networks; or what the probabilities, those of the mean mask in
-    diffusion, give if pixels are independent, or all alike.
-    lungs: (n, 1, H, W) bool, of which the shares are; None: of the picture
-    """
-    rows, K, found = np.arange(len(split.images)), len(networks), []
-    for k, (model, cfg) in enumerate(networks):
-        members = 1 if cfg.supervised else masks // K + (k < masks % K)
-        cfg = dataclasses.replace(cfg, ensemble=members)
-        found.append(evaluate.ensembles(model, cfg, split, rows, device, progress))
-    means, areas, _ = zip(*found)
-    p, true = (torch.stack(means).double().numpy() + 1) / 2, split.masks > 127  # (K, n, 1, H, W)
-    p, each = p.mean(0).clip(0, 1), metrics.shares(p.swapaxes(0, 1), lungs)
-    whole = metrics.pixels_of(lungs, true)
-    variance = (p * (1 - p)).sum((1, 2, 3))
-    spreads = {"pixels, independent": variance**0.5 / whole, "pixels, alike": variance / whole}
-    if networks[0][1].supervised:
-        spreads |= {f"{K} networks": each.std(1, ddof=1)} if K > 1 else {}
-        estimate, samples = each.mean(1), each if K > 1 else None
-    else:
-        samples = np.concatenate(areas, 1) / whole[:, None]
-        estimate, spreads = samples.mean(1), {f"{masks} masks": samples.std(1, ddof=1)} | spreads
-    dice = metrics.scores(metrics.confusion(p > 0.5, true).pooled())["DICE index"]
-    quality = {"DICE": dice, "calibration error": metrics.expected_calibration_error(p, true)}
-    return Shares(metrics.shares(true[:, None], lungs)[:, 0], estimate, spreads, samples, quality)
-
-
-def intervals(held_out, new):
-    """How good the intervals of `new` Shares are, a row for each spread: a list of dicts.
-
-    raw        the central interval of the samples, as they come
-    conformal  estimate ± factor spread, the factor learned on the held-out training images. Its law
-               for the CRPS is estimate + spread (true - estimate) / spread of each held-out image
-    """
-    rows, true = [], new.true
-    error = new.estimate - true
-    facts = {"bias": float(error.mean()), "mean absolute error": float(abs(error).mean())}
-    for name, spread in new.spreads.items():
-        spread, before = np.maximum(spread, 1e-6), np.maximum(held_out.spreads[name], 1e-6)
-        misses = held_out.true - held_out.estimate
-        half = metrics.conformal_factor(abs(misses), before) * spread
-        law = new.estimate[:, None] + spread[:, None] * (misses / before)
-        row = {"spread": name} | new.quality | facts
-        if new.samples is not None and name[0].isdigit():
-            row["raw"] = interval_facts(*metrics.central_interval(new.samples), true)
-            row["raw"]["CRPS"] = metrics.crps(new.samples, true)
-        row["conformal"] = interval_facts(new.estimate - half, new.estimate + half, true)
-        rows.append(row | {"conformal": row["conformal"] | {"CRPS": metrics.crps(law, true)}})
-    return rows
-
-
-def interval_facts(low, high, true):
-    """Coverage, mean width and interval score."""
-    width, score = float(np.mean(high - low)), metrics.interval_score(low, high, true)
-    return {"coverage": metrics.coverage(low, high, true), "width": width, "interval score": score}
-
-
 def shares(args, trained, root, device):
     """The study of shares: a dict for results/."""
     networks = [(one.model, one.cfg) for one in trained]
@@ -330,9 +284,13 @@ def shares(args, trained, root, device):
     masks = len(networks) if cfg.supervised else args.masks
     passes, n = evaluate.passes_of(cfg), sum(len(split.images) for split in both)
     progress = passes_line("segmenting: passes", n * masks * passes)
-    found = [shares_of(networks, s, w, args.masks, device, progress) for s, w in zip(both, lungs)]
+    found = [
+        intervals.shares_of(networks, s, w, args.masks, device, progress)
+        for s, w in zip(both, lungs)
+    ]
     facts = {"masks": masks, "passes": passes, "held out": len(both[0].images)}
-    return facts | {"images": len(both[1].images), "rows": intervals(*found)}
+    rows = intervals.rows_of_intervals(*found)
+    return facts | {"images": len(both[1].images), "rows": rows}
 
 
 # ---------------------------------------- the command
@@ -345,7 +303,7 @@ def table(result):
 
 
 def table_of_shares(rows):
-    """What `intervals` found, a row for each spread."""
+    """What intervals.rows_of_intervals found, a row for each spread."""
     names = ("raw: coverage", "width", "CRPS", "conformal: coverage", "width", "CRPS")
     lines = [row_of(["spread", "DICE", "bias", "mean absolute error", *names])]
     lines.append("|---" * 10 + "|")
@@ -374,6 +332,8 @@ def parse(argv):
     p.add_argument("runs", type=path_of, nargs="+", metavar="RUN", help="folders of trained runs")
     ways = dict(type=way, nargs="+", default=[(1, 1), (1, 2), (9, 2), (1, 5)], metavar="MxN")
     p.add_argument("--ways", **ways, help="dice: masks averaged x passes; default 1x1 1x2 9x2 1x5")
+    full = "dice: at the size of the mask files; runs may differ in --image-size"
+    p.add_argument("--full-size", action="store_true", help=full)
     reach = dict(type=float, nargs="+", default=[0.95, 0.97], metavar="DICE")
     p.add_argument("--reach", **reach, help="time: how soon these are reached")
     number = dict(type=int, metavar="N")
@@ -392,7 +352,11 @@ def check(args, trained):
     """Refuse numbers out of range, runs that cannot be compared, and a bad --out."""
     for name in ("rounds", "masks"):
         refuse(getattr(args, name) < 1, f"--{name} must be at least 1, got {getattr(args, name)}")
-    first, alike = trained[0].cfg, ["task", "image_size", "classes", "data", "group", "held_out"]
+    first, alike = trained[0].cfg, ["task", "classes", "data", "group", "held_out"]
+    refuse(
+        args.full_size and args.compare != "dice", f"--full-size is about dice, got {args.compare}"
+    )
+    alike += [] if args.full_size else ["image_size"]
     if args.compare == "shares":
         rule = f"--masks must be at least 2 for each of {len(trained)} runs, got {args.masks}"
         refuse(args.masks < 2 * len(trained), rule)

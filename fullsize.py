@@ -33,15 +33,14 @@ def inside(x, size):
     return enlarge(x, size, lambda strip: (strip > 0).numpy()).view(bool)
 
 
-def scores(masks, files, threshold=None):
-    """How good masks are at the size of their files: {"DICE index", "outline distance"}.
+def measured(masks, files, threshold=None):
+    """Masks beside the true ones, at the size of each file.
 
     masks      (n, 1, S, S) float in [-1, 1], on the CPU
     files      the n files of the true masks
     threshold  as data.read_mask has it
 
-    DICE is pooled over all pixels of all files. The distance is metrics.outline_distance in pixels
-    of the files, its mean over the images that have one.
+    Returns metrics.Counts of (n,), and (n,) metrics.outline_distance in pixels of the files.
     """
     counts, distances = [], []
     for mask, file in zip(masks[:, 0], files):
@@ -49,6 +48,21 @@ def scores(masks, files, threshold=None):
         found = inside(mask, true.shape)
         counts.append(metrics.confusion(found[None], true[None]).pooled())
         distances.append(metrics.outline_distance(found, true))
-    dice = metrics.scores(metrics.Counts(*map(sum, zip(*counts))))["DICE index"]
-    defined = [d for d in distances if not np.isnan(d)]
-    return {"DICE index": dice, "outline distance": float(np.mean(defined)) if defined else np.nan}
+    return metrics.Counts(*map(np.array, zip(*counts))), np.array(distances)
+
+
+def scores(masks, files, threshold=None):
+    """What `measured` finds, in two numbers: {"DICE index", "outline distance"}.
+
+    DICE is pooled over all pixels of all files. The distance is the mean over the images that have
+    one; nan if none has.
+    """
+    counts, distances = measured(masks, files, threshold)
+    dice = metrics.scores(counts.pooled())["DICE index"]
+    return {"DICE index": dice, "outline distance": mean_distance(distances)}
+
+
+def mean_distance(distances):
+    """The mean of the defined ones; nan where none is."""
+    defined = distances[~np.isnan(distances)]
+    return float(defined.mean()) if len(defined) else np.nan

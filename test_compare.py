@@ -7,16 +7,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
 
 import benchmark
 import compare
 import config
 import data
 import evaluate
-import metrics
+import fullsize
+import intervals
 from console import UserError
 from metrics import Counts
+from test_intervals import gaussian_shares
 from testing import CPU, split, tiny
 
 
@@ -71,15 +72,27 @@ def test_each_way_is_sampled_as_it_says_and_counted_image_by_image(monkeypatch):
 
     monkeypatch.setattr(evaluate, "segment", segment)
     of = split(3)
-    found = compare.counts_of(trained("a"), [(1, 2), (9, 3)], of, CPU, ignore)
+    found = compare.judge(trained("a"), [(1, 2), (9, 3)], of, False, CPU, ignore)
     assert list(found) == [(1, 2), (9, 3)]
-    for (masks, passes), counts in found.items():
+    for (masks, passes), (counts, _) in found.items():
         inside = (of.masks > 127).reshape(3, -1)[:, : masks + 10 * passes]
         np.testing.assert_array_equal(counts.TP, inside.sum(1))
         np.testing.assert_array_equal(counts.TP + counts.FP, masks + 10 * passes)
     supervised = trained("u", model="unet")
     supervised = supervised._replace(cfg=dataclasses.replace(supervised.cfg, model="unet"))
-    assert list(compare.counts_of(supervised, [(1, 2), (9, 3)], of, CPU, ignore)) == [(1, 1)]
+    assert list(compare.judge(supervised, [(1, 2), (9, 3)], of, False, CPU, ignore)) == [(1, 1)]
+
+
+def test_the_judgement_at_full_size_is_that_of_the_files(root, monkeypatch):
+    """Masks that are right at 8x8, files of 16x16: what fullsize says, image by image."""
+    Val = data.load(root, "lung", "Val", None, 8)
+    right = torch.from_numpy(Val.masks / 127.5 - 1).float()
+    monkeypatch.setattr(evaluate, "segment", lambda *_: right)
+    found = compare.judge(trained("a"), [(1, 2)], Val, True, CPU, ignore)[1, 2]
+    counts, outlines = fullsize.measured(right, Val.files)
+    np.testing.assert_array_equal(found.counts, counts)
+    np.testing.assert_array_equal(found.outlines, outlines)
+    assert sum(counts.pooled()) == 4 * Val.masks.size
 
 
 def test_a_row_has_the_dice_of_each_seed_and_its_difference_to_the_first_row():
@@ -87,7 +100,7 @@ def test_a_row_has_the_dice_of_each_seed_and_its_difference_to_the_first_row():
 
     def counts(TP):
         TP = np.array(TP)
-        return Counts(TP, 0 * TP, 10 - TP, 90 + 0 * TP)
+        return compare.Judged(Counts(TP, 0 * TP, 10 - TP, 90 + 0 * TP), None)
 
     found = {"u-0": {(1, 1): counts([8, 8])}, "u-1": {(1, 1): counts([6, 8])}}
     found["d-0"] = {(1, 2): counts([9, 9]), (9, 2): counts([10, 10])}
@@ -102,6 +115,12 @@ def test_a_row_has_the_dice_of_each_seed_and_its_difference_to_the_first_row():
     lines = compare.table_of_dice([first, one, nine]).splitlines()
     assert lines[2] == "| u | 10 | 2 | 1 x 1 | 0.8562 ± 0.0462 |  |"
     assert lines[4].startswith("| d | 7 | 1 | 9 x 2 | 1.0000 | +0.1438 ± ")
+    apart = {"u-0": [1.0, np.nan], "u-1": [2.0, 4.0], "d-0": [1.0, 1.25]}  # nan: undefined
+    for run, ways in found.items():
+        found[run] = {w: one._replace(outlines=np.array(apart[run])) for w, one in ways.items()}
+    lines = compare.table_of_dice(compare.rows_of_dice(groups, found)).splitlines()
+    assert lines[0].endswith("| less the first row's | outlines, pixels apart |")
+    assert lines[2].endswith(" |  | 2.00 ± 1.41 |") and lines[4].endswith(" | 1.12 |")
 
 
 # ---------------------------------------- minutes
@@ -151,80 +170,6 @@ def test_a_log_that_is_damaged_is_named(text, tmp_path):
 # ---------------------------------------- a share and its interval
 
 
-def gaussian_shares(n, spread_said, seed, N=25, bias=0.0):
-    """Shares whose error has a standard deviation of its own for each image.
-
-    The network says `spread_said` times that. Its samples are Gaussian.
-    """
-    rng = np.random.default_rng(seed)
-    true, sd = rng.uniform(0.3, 0.7, n), rng.uniform(0.01, 0.05, n)
-    middle = true + bias + sd * rng.standard_normal(n)
-    samples = middle[:, None] + spread_said * sd[:, None] * rng.standard_normal((n, N))
-    spreads = {"25 masks": spread_said * sd}
-    return compare.Shares(true, middle, spreads, samples, {"DICE": 0.9, "calibration error": 0.1})
-
-
-@pytest.mark.parametrize("said", [1.0, 0.4])
-def test_conformal_intervals_mend_a_spread_that_is_too_small(said):
-    """Errors N(0, sd^2): width 2 z mean sd, CRPS sd / sqrt(pi); raw, Phi of what was said."""
-    (row,) = compare.intervals(gaussian_shares(4000, said, 0), gaussian_shares(4000, said, 1))
-    z, sd = norm.ppf(0.95), 0.03
-    assert row["raw"]["coverage"] == pytest.approx(2 * norm.cdf(z * said) - 1, abs=0.05)
-    assert row["conformal"]["coverage"] == pytest.approx(0.9, abs=0.015)
-    assert row["conformal"]["width"] == pytest.approx(2 * z * sd, rel=0.05)
-    assert row["conformal"]["CRPS"] == pytest.approx(sd / np.sqrt(np.pi), rel=0.05)
-    assert row["raw"]["CRPS"] > row["conformal"]["CRPS"] - 1e-4 and abs(row["bias"]) < 0.002
-    assert row["mean absolute error"] == pytest.approx(sd * np.sqrt(2 / np.pi), rel=0.05)
-    assert (row["spread"], row["DICE"], row["calibration error"]) == ("25 masks", 0.9, 0.1)
-    (row,) = compare.intervals(*(gaussian_shares(4000, said, k, bias=0.05) for k in (0, 1)))
-    assert row["bias"] == pytest.approx(0.05, abs=0.002)  # too large a share is above 0
-
-
-@pytest.mark.parametrize("networks", [1, 2])
-@pytest.mark.parametrize("model", ["diffusion", "unet"])
-def test_the_shares_of_several_networks_are_those_of_one_ensemble(model, networks, monkeypatch):
-    """Known masks and probabilities: samples, estimate and spread by hand; 5 masks for 2 networks.
-
-    Shares are of the lungs, half the picture.
-    """
-    N, asked, rng = 3, [], np.random.default_rng(0)
-    p = rng.random((networks, N, 1, 4, 4))
-    true = np.uint8(255) * (rng.random((N, 1, 4, 4)) < 0.5)
-    lungs = np.zeros((N, 1, 4, 4), bool)
-    lungs[:, :, :2] = True
-    areas = [rng.integers(0, 9, (N, 5)).astype(float) for _ in range(networks)]
-
-    def ensembles(k, cfg, split, rows, device, progress):
-        asked.append(cfg.ensemble)
-        return torch.from_numpy(2 * p[k] - 1), areas[k][:, : cfg.ensemble], None
-
-    monkeypatch.setattr(evaluate, "ensembles", ensembles)
-    cfg = tiny(model=model, cond=None if model == "unet" else "concat")
-    split = data.Split(true, true, ["a", "b", "c"])
-    given = [(k, cfg) for k in range(networks)]
-    found = compare.shares_of(given, split, lungs, 5, CPU, ignore)
-    np.testing.assert_allclose(found.true, (true > 127).reshape(N, -1).sum(1) / 8)
-    mean = p.mean(0)
-    dice = metrics.scores(metrics.confusion(mean > 0.5, true > 127).pooled())["DICE index"]
-    assert found.quality["DICE"] == dice
-    sums, variance = p.reshape(networks, N, -1).sum(2), (mean * (1 - mean)).reshape(N, -1)
-    np.testing.assert_allclose(found.spreads["pixels, alike"], variance.sum(1) / 8)
-    want = np.sqrt(variance.sum(1)) / 8
-    np.testing.assert_allclose(found.spreads["pixels, independent"], want)
-    if model == "diffusion":
-        assert asked == ([5] if networks == 1 else [3, 2])
-        samples = np.concatenate([a[:, :n] for a, n in zip(areas, asked)], 1) / 8
-        np.testing.assert_allclose(found.samples, samples)
-        np.testing.assert_allclose(found.estimate, samples.mean(1))
-        np.testing.assert_allclose(found.spreads["5 masks"], samples.std(1, ddof=1))
-    else:
-        assert asked == [1] * networks
-        np.testing.assert_allclose(found.estimate, sums.mean(0) / 8)
-        assert (found.samples is None) == (networks == 1)
-        if networks == 2:
-            np.testing.assert_allclose(found.spreads["2 networks"], sums.std(0, ddof=1) / 8)
-
-
 def test_the_study_of_shares_learns_on_what_was_held_out(root, lung_run, monkeypatch, capsys):
     """From the command to the table: the rows that each of the two gets; lungs of infections."""
     seen = []
@@ -233,7 +178,7 @@ def test_the_study_of_shares_learns_on_what_was_held_out(root, lung_run, monkeyp
         seen.append((split.names, lungs is not None and lungs.sum(), masks))
         return gaussian_shares(20, 1.0, len(seen))
 
-    monkeypatch.setattr(compare, "shares_of", shares_of)
+    monkeypatch.setattr(intervals, "shares_of", shares_of)
     change(lung_run, task="infection", classes=("COVID-19",), held_out=0.5)
     assert compare.main(["shares", str(lung_run), "--masks", "7", "--device", "cpu"]) == 0
     Train, Val = (data.load(root, "infection", s, "COVID-19", 16) for s in ("Train", "Val"))
@@ -284,9 +229,32 @@ def test_the_commands_print_their_tables_and_write_their_numbers(
     assert (tmp_path / "new" / "numbers.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_of_two_sizes_compare_at_the_size_of_the_files_alone(
+    lung_run, tmp_path, monkeypatch, capsys
+):
+    """Each is given its own images; without --full-size the two are refused."""
+    other = shutil.copytree(lung_run, tmp_path / "other")
+    change(other, image_size=32)
+    words = ["dice", str(lung_run), str(other), "--device", "cpu", "--ways", "1x1"]
+    assert compare.main(words) == 2
+    assert f"{other} differs from {lung_run} in image_size" in capsys.readouterr().err
+    sizes = []
+
+    def segment(model, cfg, images, rows, device, progress):
+        sizes.append((cfg.image_size, images.shape[-1]))
+        return torch.ones(len(rows), 1, *images.shape[-2:])
+
+    monkeypatch.setattr(evaluate, "segment", segment)
+    out = tmp_path / "numbers.json"
+    assert compare.main([*words, "--full-size", "--out", str(out)]) == 0
+    one, two = json.loads(out.read_text())["rows"]
+    assert sizes == [(16, 16), (32, 32)] and two["difference"] == 0 and one["DICE"] == two["DICE"]
+
+
 @pytest.mark.parametrize(
     ("words", "changes", "message"),
     [
+        ("time --full-size", {}, "--full-size is about dice, got time"),
         ("dice", dict(task="synthesis", cond=None), "draws X-rays; compare.py is about masks"),
         ("shares", {}, "must be trained with --set held_out=0.2, got 0"),
         ("dice --split held-out", {}, "must be trained with --set held_out=0.2, got 0"),

@@ -18,7 +18,7 @@ LEVELS = [  # a module imports project modules of lower levels only
     {"ambiguous", "baselines", "batches", "devices", "fullsize", "patches", "pairs"},
     {"config", "phantoms"},
     {"evaluate", "runs"},
-    {"train", "sample"},
+    {"train", "sample", "intervals"},
     {"studies", "benchmark"},
     {"compare"},
 ]
