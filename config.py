@@ -67,7 +67,7 @@ class Config:
     target: str = setting("eps", "what the network predicts", "Eq. (7)", LEARN,
                           {"best": "v"}, "diffusion", choices=diffusion.TARGETS)
     shift: float = setting(1.0, "signal-to-noise ratio times shift^2; below 1: more noise",
-                           "arXiv 2301.10972", None, {"best large": 0.25}, "diffusion",
+                           "arXiv 2301.10972", None, {"best large": 0.5}, "diffusion",
                            least=1e-3, most=1000)
     t_power: float = setting(1.0, "t has density t^(t_power - 1); 1: uniform", "Eq. (7)", None,
                              {"best masks": 4.0}, "diffusion", least=0.01, most=100)
@@ -142,6 +142,12 @@ class Config:
     def supervised(self):
         """Whether the network sees the X-ray alone and answers in one pass."""
         return self.model != "diffusion"
+
+    @property
+    def pixel_shift(self):
+        """The shift of a pixel's schedule. The mean of a patch of p x p pixels, which the network
+        sees at once, has 1/p of a pixel's noise; so a pixel has p times as much (2301.11093)."""
+        return self.shift / patches.patch_of(self.image_size)
 # fmt: on
 
 

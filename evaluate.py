@@ -129,7 +129,7 @@ def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None, s
         if progress:
             progress(len(y))
         return (2 * probability - 1)[:, None]
-    s = diffusion.schedule(cfg.T, cfg.shift, device)
+    s = diffusion.schedule(cfg.T, cfg.pixel_shift, device)
     with autocast(cfg, device):
         e = model.embed(y).repeat_interleave(members, 0)
     noise = diffusion.ImageNoise(seed, index, y.shape[1:], members, device)
@@ -140,7 +140,7 @@ def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None, s
 @torch.inference_mode()
 def sample_images(model, cfg, index, device="cpu", progress=None, seed=EVAL_SEED):
     """X-rays from noise: (B, 1, H, W) in [-1, 1]. Image i comes from (seed, i) alone."""
-    s = diffusion.schedule(cfg.T, cfg.shift, device)
+    s = diffusion.schedule(cfg.T, cfg.pixel_shift, device)
     shape = (1, cfg.image_size, cfg.image_size)
     noise = diffusion.ImageNoise(seed, index, shape, device=device)
     return sample_with(cfg, s, eps_model_of(model, cfg, s, device, progress), noise, None)
@@ -290,7 +290,7 @@ def evaluate_images(model, cfg, splits, device, progress=None):
 @torch.inference_mode()
 def eq7_loss(model, cfg, split, device):
     """Eq. (7) on the evaluated rows, with fixed t (uniform) and eps: {"images", "loss"}."""
-    s = diffusion.schedule(cfg.T, cfg.shift, device)
+    s = diffusion.schedule(cfg.T, cfg.pixel_shift, device)
     rows = evaluated_rows(len(split.images), cfg.eval_images)
     x0 = data.to_float(split.images[rows])
     as_eq7 = dict(seed=EVAL_SEED, t_power=1.0, objective="eps")

@@ -55,7 +55,7 @@ def anomaly_maps(model, cfg, images, index, device):
     images  (B, 1, H, W) in [-1, 1]
     index   B ints: the noise of image i comes from i alone
     """
-    s, x0 = diffusion.schedule(cfg.T, cfg.shift, device), images.to(device)
+    s, x0 = diffusion.schedule(cfg.T, cfg.pixel_shift, device), images.to(device)
     eps_model = evaluate.eps_model_of(model, cfg, s, device)
     key = evaluate.EVAL_SEED, index, x0.shape[1:], 1, device, Purpose.ANOMALY_MAP
     noise = diffusion.ImageNoise(*key)
@@ -136,7 +136,7 @@ def probe(model, cfg, x, positive, seed, device, members=10):
 
     x, positive  the labelled images: (n, 1, H, W) in [-1, 1], and bool
     """
-    s, n = diffusion.schedule(cfg.T, cfg.shift, device), len(model.unet.decoder)
+    s, n = diffusion.schedule(cfg.T, cfg.pixel_shift, device), len(model.unet.decoder)
     key = evaluate.EVAL_SEED, [seed], x.shape[1:], NOISES, device, Purpose.PROBE
     noises = diffusion.ImageNoise(*key)()
 

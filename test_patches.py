@@ -1,12 +1,16 @@
 """X-rays larger than 64x64: patches lose nothing, and the network on them is the one of §4.2."""
 
+import numpy as np
 import pytest
 import torch
 
 import baselines
 import config
+import diffusion
+import evaluate
+import train
 from patches import PatchedUNet, PatchUNet, patch_of, positions_of, to_patches, to_pixels
-from testing import CPU, shake
+from testing import CPU, shake, tiny
 from unet import CONDITIONINGS, ConditionalUNet, begin_as_addition
 
 TINY = dict(channels=8, channel_mult=(1, 2), blocks=1, attention_at=(4,), head_channels=8)
@@ -108,21 +112,42 @@ def test_up_to_64x64_nothing_is_patched_and_above_the_weights_hardly_grow(words)
 
 def test_a_size_that_64_does_not_divide_is_refused_in_one_line(capsys):
     """By the flag's name, before anything is read."""
-    import train
-
     assert train.main("--task lung --image-size 100 --device cpu --dry-run".split()) == 2
     error = capsys.readouterr().err
     assert "--image-size 100" in error and "such as 128, got 100" in error
     assert error.count("\n") == 1
 
 
-def test_recipe_best_shifts_the_schedule_of_larger_masks(monkeypatch):
-    """Their signal survives more noise; recipe report keeps the printed schedule."""
+def test_recipe_best_shifts_the_schedule_of_larger_masks():
+    """At 64x64 neither recipe does."""
+    for recipe, size, expected in (("best", 256, 0.5), ("best", 64, 1), ("report", 256, 1)):
+        words = f"--task lung --size small --recipe {recipe} --image-size {size}"
+        assert config.configure(config.parse(words.split()), CPU).shift == expected
 
-    def shift(words):
-        words = f"--task lung --size small --device cpu {words}"
-        return config.configure(config.parse(words.split()), CPU).shift
 
-    assert shift("--recipe best --image-size 256") == 0.25
-    assert shift("--recipe best --image-size 64") == shift("--recipe report --image-size 256") == 1
-    assert shift("--recipe best --image-size 256 --set shift=0.5") == 0.5
+@pytest.mark.parametrize("size", [16, 64, 128, 256])
+def test_a_patch_hears_as_much_noise_as_a_pixel_of_64x64(size):
+    """The signal-to-noise ratio of the mean of its p^2 pixels is that of the unpatched schedule."""
+    cfg, p = tiny(image_size=size, shift=0.3), max(1, size // 64)
+    pixel, expected = (
+        diffusion.schedule(100, shift).abar[1:] for shift in (cfg.pixel_shift, cfg.shift)
+    )
+    ratio = [abar / (1 - abar) for abar in (pixel, expected)]
+    torch.testing.assert_close(ratio[0] * p**2, ratio[1])
+
+
+def test_loss_and_sampling_run_on_the_schedule_of_a_pixel(monkeypatch):
+    """At 128x128 the loss's and the evaluation's schedules are those of shift / 2."""
+    cfg, used, schedule = tiny(image_size=128), [], diffusion.schedule
+
+    def noted(T, shift=1.0, device="cpu"):
+        used.append(shift)
+        return schedule(T, shift, device)
+
+    monkeypatch.setattr(diffusion, "schedule", noted)
+    trainer = train.Trainer(cfg, CPU)
+    images = torch.zeros(4, 1, 128, 128, dtype=torch.uint8)
+    trainer.train_step(images, images)
+    rows = np.arange(2)
+    evaluate.segment(trainer.ema, cfg, images.numpy(), rows, CPU)
+    assert len(used) >= 2 and set(used) == {0.5}

@@ -49,11 +49,11 @@ def loss_of(cfg):
     """The loss that a run learns by, as loss(model, micro-batch): it is chosen here, once."""
 
     def eq7(model, part):
-        s = diffusion.schedule(cfg.T, cfg.shift, part.x0.device)
+        s = diffusion.schedule(cfg.T, cfg.pixel_shift, part.x0.device)
         return diffusion.l_simple(s, model, part.x0, part.y, part.t, part.eps, cfg.target)
 
     def sec21(model, part):
-        process = score.process_of(cfg.T, cfg.shift)
+        process = score.process_of(cfg.T, cfg.pixel_shift)
         return score.score_matching(process, cfg.T, model, *part, cfg.target)  # x0, y, t, eps
 
     def sec44(model, part):
