@@ -28,7 +28,7 @@ import torch
 from numpy.lib.npyio import NpzFile
 from PIL import Image, UnidentifiedImageError
 
-from console import UserError, printable, write_whole
+from console import UserError, printable, refuse, write_whole
 
 LUNG_TREE, INFECTION_TREE = "Lung Segmentation Data", "Infection Segmentation Data"
 TREES = {"lung": LUNG_TREE, "infection": INFECTION_TREE, "synthesis": LUNG_TREE}
@@ -196,7 +196,7 @@ def resize_mask(a, size):
 # ---------------------------------------- one folder
 
 
-def refuse(problems, names=()):
+def refuse_files(problems, names=()):
     """UserError with the first problem and the number of the others. No problem: no error."""
     if problems:
         named = f": {', '.join(names[1:5])}" if names else ""  # five with the first
@@ -215,7 +215,7 @@ def scan(folder):
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     entries = [e for e in entries if not e.name.startswith(".") and e.name.lower() != "thumbs.db"]
     others = [e for e in entries if not (e.name.lower().endswith(".png") and e.is_file())]
-    refuse([f"{entry.path}: only .png files belong here" for entry in others])
+    refuse_files([f"{entry.path}: only .png files belong here" for entry in others])
     if not entries:
         raise UserError(f"{folder}: holds no .png file")
     return {e.name: (e.stat().st_size, e.stat().st_mtime_ns) for e in entries}
@@ -250,7 +250,7 @@ def decode(paths, size, progress=None, workers=None, threshold=None):
                 pixels[i], shapes[i] = result
             if progress:
                 progress(i + 1, len(paths))
-    refuse(list(problems.values()), [path.name for path in problems])
+    refuse_files(list(problems.values()), [path.name for path in problems])
     return pixels, shapes
 
 
@@ -343,18 +343,18 @@ def tree_folder(root, task):
 
     It is <root>/<tree>/<tree>, <root>/<tree>, or root; not root if that is the other task's tree.
     """
-    if task not in TREES:
-        raise UserError(f"task must be one of {', '.join(TREES)}; got {task!r}")
+    refuse(task not in TREES, f"task must be one of {', '.join(TREES)}; got {task!r}")
     root, tree = Path(os.path.realpath(Path(root).expanduser())), TREES[task]
+    own = [folder for folder in (root, root / "Train") if (folder / "images").is_dir()]
+    refuse(own, f"{root}: a folder of images/ and masks/ is for --task masks, got --task {task}")
     places = [root / tree / tree, root / tree]
     if root.name not in set(TREES.values()) - {tree}:
         places.append(root)
     for place in places:
         if all((place / split).is_dir() for split in SPLITS):
             return place
-    looked_in = f"looked for {', '.join(SPLITS)} in {', '.join(map(str, places))}"
-    why = looked_in if root.is_dir() else "there is no such folder"
-    raise UserError(f"{root}: no data for {task}: {why}")
+    why = f"looked for {', '.join(SPLITS)} in {', '.join(map(str, places))}"
+    raise UserError(f"{root}: no data for {task}: {why if root.is_dir() else 'no such folder'}")
 
 
 def ordered_classes(task, classes):
@@ -420,7 +420,7 @@ def load(root, task, split, classes=None, image_size=64, cache=None, progress=No
         if masks:
             problems += unpaired(image_folders[i], images, files[mask_folders[i]])
         problems += in_other_splits(tree, split, c, images)
-    refuse(problems)
+    refuse_files(problems)
 
     names = [f"{c}/{name}" for c, folder in zip(classes, image_folders) for name in files[folder]]
     pixels, shapes = decode_folders(files, image_size, CACHE if cache is None else cache, progress)
@@ -431,7 +431,7 @@ def load(root, task, split, classes=None, image_size=64, cache=None, progress=No
     for i in np.flatnonzero((shapes[:n] != shapes[n:]).any(1)):
         pair = f"the image is {shapes[i].tolist()}, its mask {shapes[n + i].tolist()} (H, W)"
         problems.append(f"{tree / split}: {names[i]}: {pair}")
-    refuse(problems)
+    refuse_files(problems)
     return Split(pixels[:n], pixels[n:], names, [f / n for f in mask_folders for n in files[f]])
 
 

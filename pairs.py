@@ -103,6 +103,8 @@ def layout(root):
     refuse(not root.is_dir(), f"{root}: --data must be a folder, and there is none of that name")
     found, both = entries(root), "images/ and masks/"
     rule = f"{root}: must hold {both}, or Train/, Val/ and Test/ with {both} each"
+    report = "the report's data are for --task lung or infection, not --task masks"
+    refuse(set(found) & set(data.TREES.values()), f"{rule}; {report}; found {listed(found)}")
     divided, flat = set(found) & set(SPLITS), set(found) & set(PARTS)
     refuse(divided and flat, f"{rule}, and not some of both; found {listed(found)}")
     folders = {split: root / split for split in SPLITS} if divided else {"": root}

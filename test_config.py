@@ -302,7 +302,7 @@ REFUSALS = [
     ("--task masks", "--task masks needs --data DIR, a folder with images/ and masks/, got none"),
     (
         "--task lung --data /no/such/folder",
-        "/no/such/folder: no data for lung: there is no such folder",
+        "/no/such/folder: no data for lung: no such folder",
     ),
     ("--task lung --device quantum", "--device must be cuda, mps or cpu, got quantum"),
     ("--task lung --device meta", "--device must be cuda, mps or cpu, got meta"),

@@ -877,5 +877,5 @@ def test_what_is_held_out_is_spread_evenly_and_nothing_is_in_both_parts(share, o
 
 def test_a_loop_of_links_is_no_folder(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(UserError, match="loop/x: no data for lung: there is no such folder"):
+    with pytest.raises(UserError, match="loop/x: no data for lung: no such folder"):
         data.tree_folder(tmp_path / "loop" / "x", "lung")

@@ -513,6 +513,17 @@ def test_phantoms_of_ones_own_are_phantoms(own):
         (place / phantoms.PHANTOMS_NOTE).unlink()
 
 
+def test_the_other_tasks_name_the_task_of_such_a_folder(own, tmp_path, capsys):
+    """Also of one that is divided by you."""
+    (tmp_path / "divided").mkdir()
+    shutil.copytree(own, tmp_path / "divided" / "Train")
+    for root, task in ((own, "lung"), (tmp_path / "divided", "infection")):
+        line = ["--task", task, "--data", str(root), "--device", "cpu"]
+        assert train.main(line) == 2
+        rule = f"{root}: a folder of images/ and masks/ is for --task masks, got --task {task}\n"
+        assert capsys.readouterr().err == f"train.py: error: {rule}"
+
+
 def test_a_dry_run_says_what_a_run_would_learn_from(own, capsys, tmp_path, elsewhere):
     line = ["--task", "masks", "--data", str(own), "--dry-run", *TINY.split()]
     assert train.main(line) == 0
@@ -641,7 +652,7 @@ WRONG = [  # what, words: the one line; DIR is the folder
         f"DIR: {BOTH}; found Train, Val, but no folder Test/images, Test/masks",
     ),
     ("Test without masks", "", f"DIR: {BOTH}; found Test, Train, Val, but no folder Test/masks"),
-    ("the report's", "", f"DIR: {BOTH}; found Lung Segmentation Data, but no folder images"),
+    ("the report's", "", f"DIR: {BOTH}; the report's data are for --task lung or infection, not"),
     (
         "Val without pairs",
         "",
