@@ -19,7 +19,7 @@ LINES = [  # colour, dash, marker
     ("#d55e00", "--", "s"),
     ("#0072b2", ":", "^"),
     ("#009e73", "-.", "v"),
-    ("#cc79a7", (0, (5, 1)), "D"),
+    ("#cc79a7", (0, (7, 2, 1, 2, 1, 2)), "D"),
 ]
 GRAY = dict(cmap="gray", vmin=0, vmax=255, interpolation="nearest")  # 0 is black, 255 white
 
@@ -29,25 +29,14 @@ class Picture(Figure):
 
     def _repr_png_(self):
         png = io.BytesIO()
-        self.savefig(png, dpi=90)
-        return smaller_png(Image.open(png).convert("RGB"))
-
-
-def smaller_png(image):
-    """An RGB image as the bytes of a PNG with 64 grays and few colours: noise hardly compresses."""
-    pixels = np.asarray(image).astype(int)
-    is_gray = np.ptp(pixels, 2, keepdims=True) <= 16
-    gray = pixels.mean(2, keepdims=True).astype(int)
-    gray = gray // 4 * 4 + gray // 64  # 0 stays black, 255 white
-    if is_gray.all():
-        smaller = Image.fromarray(gray[..., 0].astype(np.uint8))
-    else:
-        pixels = np.where(is_gray, gray, pixels // 16 * 16 + 8)
-        coloured = Image.fromarray(pixels.astype(np.uint8))
-        smaller = coloured.quantize(256, Image.Quantize.MAXCOVERAGE)
-    png = io.BytesIO()
-    smaller.save(png, "png", optimize=True)
-    return png.getvalue()
+        self.savefig(png, dpi=150)
+        image = Image.open(png).convert("RGB")
+        red, green, blue = image.split()
+        if red.tobytes() == green.tobytes() == blue.tobytes():
+            image = red  # a third of the bytes
+        png = io.BytesIO()
+        image.save(png, "png", optimize=True)
+        return png.getvalue()
 
 
 def figure(rows, columns, width, height):
@@ -62,13 +51,13 @@ def annotate(fig, title, caption):
     width = fig.get_figwidth()
     fig.suptitle(textwrap.fill(title, round(13 * width)), fontsize=10, parse_math=False)
     if caption:
-        fig.supxlabel(textwrap.fill(caption, round(16 * width)), fontsize=8)
+        fig.supxlabel(textwrap.fill(caption, round(14 * width)), fontsize=9)
 
 
 def show(ax, image, title=""):
     """An image in true gray, (H, W), or in its own colours, (H, W, 3). No ticks."""
     ax.imshow(image, **GRAY)
-    ax.set_title(title, fontsize=8)
+    ax.set_title(title, fontsize=9)
     ax.set_xticks([])
     ax.set_yticks([])
 
@@ -112,7 +101,7 @@ def draw_curves(ax, lines, style="line", errors=None, marks=None, **axis):
     ax.title.set_fontsize(9)
     ax.grid(alpha=0.3)
     if len(lines) + len(marks) > 1:
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=9)
 
 
 def intervals(estimate, low, high, true, reliability, title):
@@ -170,7 +159,7 @@ def curves(lines, title):
         right.set(title=f"samples against held-out images{passes}", ylabel="Fréchet distance")
         right.set_ylim(0, None)
     right.set(xlabel="gradient step", xlim=left.get_xlim())
-    right.legend(fontsize=8)
+    right.legend(fontsize=9)
     for ax in (left, right):
         ax.grid(alpha=0.3)
     fig.suptitle(title, fontsize=10, parse_math=False)
@@ -199,7 +188,9 @@ def draw_scores(ax, steps, evaluations):
 # ---------------------------------------- images and masks
 
 
-def image_rows(rows, title, caption="", columns=(), size=1.25, outlines=None, maps=(), above=None):
+def image_rows(
+    rows, title, caption="", columns=(), size=1.25, outlines=None, maps=(), above=None, under=None
+):
     """Pictures in labelled rows.
 
     rows      {label: sequence of (H, W) or (1, H, W) arrays; None leaves its place blank}
@@ -208,8 +199,9 @@ def image_rows(rows, title, caption="", columns=(), size=1.25, outlines=None, ma
     outlines  {label: [(masks, colour, style), ...]}: contours, a mask for each picture of the row
     maps      labels of rows of numbers, not gray values: each in its own range, with a colour bar
     above     {label: a line over each picture of the row}
+    under     {label: X-rays}: a row of maps is drawn on them, and is clear where it is 0
     """
-    outlines, above = outlines or {}, above or {}
+    outlines, above, under = outlines or {}, above or {}, under or {}
     width = max(len(row) for row in rows.values())
     height = size * len(rows) * (1.12 if above else 1) + 0.75
     fig, axes = figure(len(rows), width, size * width + 1.2, height)
@@ -225,25 +217,43 @@ def image_rows(rows, title, caption="", columns=(), size=1.25, outlines=None, ma
             for masks, colour, style in outlines.get(label, ()):
                 contour(ax, np.asarray(masks[i]).reshape(shape), colour, style)
             if label in above:
-                ax.set_title(above[label][i], fontsize=8)
+                ax.set_title(above[label][i], fontsize=9)
         for ax in row_axes[len(row) :]:
             ax.axis("off")
         if label in maps:
-            draw_range(fig, row_axes, [np.asarray(image) for image in row if image is not None])
-        row_axes[0].set_ylabel(label, fontsize=8)
+            draw_range(fig, row_axes)
+        for ax, image in zip(row_axes, under.get(label, ())):
+            lay_over(ax, np.asarray(image))
+        row_axes[0].set_ylabel(label, fontsize=9)
     for ax, label in zip(axes[0], columns):
-        ax.set_title(label, fontsize=8)
+        ax.set_title(label, fontsize=9)
     annotate(fig, title, caption)
     return fig
 
 
-def draw_range(fig, row_axes, arrays):
-    """Colours for a row of numbers, from their smallest to their largest, with a colour bar."""
-    low, high = min(a.min() for a in arrays), max(a.max() for a in arrays)
+def draw_range(fig, row_axes):
+    """One range of colours for the maps of a row, with a colour bar.
+
+    From the smallest to the largest number; with both signs, as far below 0 as above it, and white
+    at 0.
+    """
     images = [ax.images[0] for ax in row_axes if ax.images]
+    low = min(image.get_array().min() for image in images)
+    high = max(image.get_array().max() for image in images)
+    if low < 0 < high:
+        colours, low, high = "PuOr_r", min(low, -high), max(high, -low)
+    else:
+        colours = "magma"
     for image in images:
-        image.set(cmap="magma", clim=(low, high))
-    fig.colorbar(images[-1], ax=list(row_axes), shrink=0.9, pad=0.01).ax.tick_params(labelsize=7)
+        image.set(cmap=colours, clim=(low, high))
+    fig.colorbar(images[-1], ax=list(row_axes), shrink=0.9, pad=0.01).ax.tick_params(labelsize=9)
+
+
+def lay_over(ax, image):
+    """Put an X-ray under the map of these axes: the map is clear at 0, opaque at its limits."""
+    (drawn,) = ax.images
+    drawn.set(zorder=1, alpha=np.abs(drawn.get_array()) / max(np.abs(drawn.get_clim())))
+    ax.imshow(image.reshape(drawn.get_array().shape), zorder=0, **GRAY)
 
 
 def save_image_grid(path, images, title, columns=8, software="matplotlib"):
@@ -263,17 +273,17 @@ def save_mask_grid(path, *args, **kwargs):
     mask_grid(*args, **kwargs).savefig(path, dpi=110)
 
 
-def mask_grid(images, true, sampled, dice, title, columns=8):
+def mask_grid(images, true, sampled, dice, title, columns=8, chosen=None):
     """X-ray, true mask, sampled mask and their difference for `columns` images, the worst first.
 
     images, true, sampled  (N, 1, H, W) uint8
     dice                   (N,), nan where both masks are empty. The images are evenly spread over
                            its order, nan as if it were 1
+    chosen                 the images to draw instead, by `spread_over` the DICE of another figure
     """
-    order = np.argsort(np.where(np.isnan(dice), 1.0, dice))
-    places = np.linspace(0, len(order) - 1, min(columns, len(order))).round().astype(int)
-    fig, axes = figure(4, len(places), 1.35 * len(places) + 0.4, 6.2)
-    for column, i in zip(axes.T, order[places]):
+    shown = spread_over(dice, columns) if chosen is None else chosen
+    fig, axes = figure(4, len(shown), 1.35 * len(shown) + 0.4, 6.2)
+    for column, i in zip(axes.T, shown):
         show(column[0], images[i, 0], f"DICE {dice[i]:.3f}")
         contour(column[0], true[i, 0], TRUE)
         contour(column[0], sampled[i, 0], SAMPLED, "dashed")
@@ -282,11 +292,18 @@ def mask_grid(images, true, sampled, dice, title, columns=8):
         show(column[3], difference(true[i, 0] > 127, sampled[i, 0] > 127))
     for ax, label in zip(axes[:, 0], ("X-ray", "true mask", "sampled mask", "difference")):
         ax.set_ylabel(label, fontsize=9)
-    first_line = f"{title}: from the worst to the best image\n"
+    order = "from the worst to the best image" if chosen is None else "the same images"
+    first_line = f"{title}: {order}\n"
     contours = "contours: true solid green, sampled dashed orange\n"
     colours = "difference: dark green missed, orange too much, gray in both"
     fig.suptitle(first_line + contours + colours, fontsize=9, parse_math=False)
     return fig
+
+
+def spread_over(dice, n):
+    """n images from the worst to the best of these DICE, evenly by rank; nan counts as 1."""
+    order = np.argsort(np.where(np.isnan(dice), 1.0, dice))
+    return order[np.linspace(0, len(order) - 1, min(n, len(order))).round().astype(int)]
 
 
 def difference(true, sampled):
@@ -347,7 +364,7 @@ def planes(rows, title, caption="", size=2.3):
     for row_axes, (label, row) in zip(axes, rows.items()):
         for ax, panel in zip(row_axes, row):
             draw_plane(ax, **panel)
-        row_axes[0].set_ylabel(label or row[0].get("ylabel", ""), fontsize=8)
+        row_axes[0].set_ylabel(label or row[0].get("ylabel", ""), fontsize=9)
     annotate(fig, title, caption)
     return fig
 
@@ -372,8 +389,8 @@ def draw_plane(ax, extent, density=None, arrows=None, paths=(), points=None, **a
     if points is not None:
         ax.plot(*np.asarray(points).T, ".", color=SAMPLED, markersize=2)
     ax.set(xlim=(left, right), ylim=(bottom, top), **axis)
-    ax.title.set_fontsize(8)
-    ax.tick_params(labelsize=6)
+    ax.title.set_fontsize(9)
+    ax.tick_params(labelsize=9)
 
 
 def draw_arrows(ax, positions, vectors, width):

@@ -136,6 +136,8 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         facts = {"noises": checkpoint["config"].get("noises", 1), "written": written}
         checkpoint |= {"config": config_of(checkpoint["config"])} | facts
+        whole = {k: x.float() if x.dtype == torch.half else x for k, x in checkpoint["ema"].items()}
+        checkpoint["ema"] = whole  # the files of weights/ hold halves
         fault = fault_of(checkpoint)
     except Exception as e:
         why = " ".join(str(e).split())[:200] if isinstance(e, UserError) else type(e).__name__

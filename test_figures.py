@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 import figures
@@ -222,21 +223,64 @@ def test_the_four_colours_of_a_difference_differ_in_gray_and_for_a_deuteranope()
         assert np.diff(sorted(gray)).min() > 50 and too_much - missed >= 60
 
 
-def test_a_picture_shows_itself_in_a_notebook():
-    """As a PNG of a browser's width and few bytes.
-
-    Grays are within 4 levels of 255, black and white are kept, and so are colours.
-    """
+def test_a_picture_shows_itself_in_a_notebook_pixel_for_pixel():
+    """At 150 dpi, as matplotlib draws it; a picture without colours takes a third of the bytes."""
     noise = np.random.default_rng(0).integers(0, 256, (1, 64, 64), np.uint8)
-    fig = figures.image_rows({"a": [noise] * 4, "b": [gray(0), gray(255), gray(100)]}, "")
-    drawn, png = io.BytesIO(), fig._repr_png_()
-    fig.savefig(drawn, dpi=90)
-    assert len(png) < len(drawn.getvalue()) / 2
-    before, after = pixels_of(drawn), pixels_of(io.BytesIO(png))
-    assert 400 < after.shape[1] < 1200
-    assert np.abs(before - after).max() <= 4
-    assert after.min() == 0 and after.max() == 255 and len(np.unique(after)) > 50
+    gray_picture = figures.image_rows({"a": [noise] * 4, "b": [gray(0), gray(255)]}, "")
     two_lines = dict(lines={"x": ([0, 1], [0, 1]), "y": ([0, 1], [1, 0])})
-    shown = pixels_of(io.BytesIO(figures.plot(two_lines, title="")._repr_png_()))
-    orange = [int(figures.LINES[1][0][k : k + 2], 16) for k in (1, 3, 5)]
-    assert (np.abs(shown - orange).max(2) < 20).any()
+    for fig, mode in ((gray_picture, "L"), (figures.plot(two_lines, title=""), "RGB")):
+        drawn, png = io.BytesIO(), io.BytesIO(fig._repr_png_())
+        fig.savefig(drawn, dpi=150)
+        assert Image.open(png).mode == mode
+        np.testing.assert_array_equal(pixels_of(png), pixels_of(drawn))
+
+
+def test_a_map_of_both_signs_is_white_at_0():
+    """As far below 0 as above it, alike in gray; one of a single sign has its own range."""
+    maps = {"signed": [np.array([[-1.0, 0.0], [0.0, 3.0]])], "positive": [np.eye(2) + 1]}
+    fig = figures.image_rows(maps, "", maps=list(maps))
+    signed, positive = (ax.images[0] for ax in fig.axes[:2])
+    assert signed.get_clim() == (-3, 3) and positive.get_clim() == (1, 2)
+    low, zero, high = signed.cmap([0.0, 0.5, 1.0])[:, :3] @ [0.299, 0.587, 0.114]
+    assert zero > 0.95 and low < 0.4 and high < 0.4
+
+
+def test_a_map_on_an_x_ray_is_clear_at_0_and_opaque_at_its_limits():
+    """The X-ray lies below it in true gray."""
+    disagreement = np.array([[0.0, 0.1], [0.05, 0.2]])
+    fig = figures.image_rows({"a": [disagreement]}, "", maps=["a"], under={"a": [gray(90, 2)]})
+    drawn, xray = fig.axes[0].images
+    np.testing.assert_allclose(drawn.get_alpha(), disagreement / 0.2)
+    assert (xray.get_array() == 90).all() and xray.get_clim() == (0, 255)
+    assert xray.get_zorder() < drawn.get_zorder()
+
+
+def test_no_text_is_smaller_than_nine_points():
+    """In each kind of picture."""
+    plane = dict(extent=(0, 1, 0, 1), density=np.eye(2), title="t", xlabel="x")
+    rows = {"a": [np.eye(4)]}
+    dark = np.zeros((2, 1, 8, 8), np.uint8)
+    for fig in (
+        figures.plot(
+            dict(lines={"a": ([0], [0]), "b": ([0], [1])}, title="t"), title="", caption="c"
+        ),
+        figures.image_rows(rows, "", "c", ["x"], maps=["a"], above={"a": ["p"]}),
+        figures.planes({"": [plane]}, "", "c"),
+        figures.mask_grid(dark, dark, dark, np.ones(2), ""),
+        figures.curves([{"step": 1, "loss": 1.0, "lr": 0.1}], ""),
+    ):
+        fig.draw_without_rendering()
+        assert min(text.get_fontsize() for text in fig.findobj(Text)) >= 9
+
+
+def test_two_figures_show_the_same_images():
+    """Those that are spread over the DICE of the first, in its order."""
+    dice = np.array([0.9, 0.5, np.nan, 0.7, 0.8])
+    chosen = figures.spread_over(dice, 3)
+    assert chosen.tolist() == [1, 4, 2]
+    images = np.arange(5, dtype=np.uint8).repeat(64).reshape(5, 1, 8, 8)
+    for given in (None, chosen):
+        other = dice if given is None else dice[::-1]
+        fig = figures.mask_grid(images, images, images, other, "", 3, given)
+        assert [ax.images[0].get_array()[0, 0] for ax in fig.axes[:3]] == [1, 4, 2]
+    assert "the same images" in fig.get_suptitle()
