@@ -89,6 +89,12 @@ def groups_of(trained):
     return groups
 
 
+def trained_at(run):
+    """The commit at which a run was trained, by its results.json; None where there is none."""
+    file = Path(run, "results.json")
+    return json.loads(file.read_text(encoding="utf-8"))["commit"] if file.exists() else None
+
+
 def split_of(name, one, root, masks=None):
     """The images that a comparison looks at, as data.Split: Val, Test, or what a run held out."""
     cfg, place = dataclasses.replace(one.cfg, data=root), "Train" if name == "held-out" else name
@@ -392,7 +398,7 @@ def carry_out(args):
     study = {"dice": dice, "time": time, "shares": shares}[args.compare]
     kind = "phantoms" if cfg.phantoms else "X-rays"
     what = {"compare": args.compare, "data": kind, "split": args.split, "task": cfg.task}
-    what |= {"precision": cfg.precision, "runs": args.runs}
+    what |= {"precision": cfg.precision, "runs": {run: trained_at(run) for run in args.runs}}
     result = what | study(args, trained, cfg.data, device)
     message(f"{kind}, {args.split}, {result['images']} images\n\n{table(result)}")
     if args.out:

@@ -212,7 +212,8 @@ def test_the_commands_print_their_tables_and_write_their_numbers(
     assert "passes 150/150 " in capsys.readouterr().err  # 15 images, 2 runs, 5 passes each
     numbers = json.loads(out.read_text())
     assert {"compare", "commit", "hardware", "torch", "data", "split", "runs"} <= numbers.keys()
-    assert numbers["images"] == 15
+    commit = json.loads((lung_run / "results.json").read_text())["commit"]
+    assert numbers["images"] == 15 and numbers["runs"] == dict.fromkeys(runs, commit)
     model, cfg, _ = compare.runs.load_run(lung_run)
     every = dataclasses.replace(cfg, ensemble=2, eval_images=15)
     Val = {"Val": data.load(cfg.data, "lung", "Val", None, 16)}
