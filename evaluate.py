@@ -99,7 +99,7 @@ def sample_with(cfg, s, eps_model, noise, e):
         return diffusion.ddim_sample(s, eps_model, noise, e, N, cfg.eta)
     if cfg.sampler == "ddpm":
         return diffusion.ddpm_sample(s, eps_model, noise, e)
-    process = score.process_of(T, cfg.shift)
+    process = score.process_of(T, cfg.pixel_shift)
     at_time = score.score_of_eps(process, eps_model, T, e, clip=True)
     at_level = score.score_at_level(process, at_time)
     if cfg.sampler == "ode":
