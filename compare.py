@@ -358,11 +358,12 @@ def check(args, trained):
     """Refuse numbers out of range, runs that cannot be compared, and a bad --out."""
     for name in ("rounds", "masks"):
         refuse(getattr(args, name) < 1, f"--{name} must be at least 1, got {getattr(args, name)}")
-    first, alike = trained[0].cfg, ["task", "classes", "data", "group", "held_out"]
+    first, alike = trained[0].cfg, ["task", "classes", "group", "held_out"]
     refuse(
         args.full_size and args.compare != "dice", f"--full-size is about dice, got {args.compare}"
     )
     alike += [] if args.full_size else ["image_size"]
+    alike += [] if args.data else ["data"]
     if args.compare == "shares":
         rule = f"--masks must be at least 2 for each of {len(trained)} runs, got {args.masks}"
         refuse(args.masks < 2 * len(trained), rule)

@@ -16,6 +16,7 @@ import evaluate
 import fullsize
 import intervals
 from console import UserError
+from data import CLASSES
 from metrics import Counts
 from test_intervals import gaussian_shares
 from testing import CPU, split, tiny
@@ -281,12 +282,17 @@ def test_bad_input_is_one_line_and_status_2(lung_run, words, changes, message, c
     assert error.startswith("compare.py: error: ") and message in error and error.count("\n") == 1
 
 
-def test_runs_of_two_tasks_are_not_compared(lung_run, tmp_path, capsys):
+def test_runs_of_two_tasks_or_two_folders_are_not_compared(root, lung_run, tmp_path, capsys):
     """Nor what is not masks x passes."""
     other = shutil.copytree(lung_run, tmp_path / "other")
     change(other, task="infection", classes=("COVID-19",))
     assert compare.main(["dice", str(lung_run), str(other), "--device", "cpu"]) == 2
     assert f"{other} differs from {lung_run} in task, classes" in capsys.readouterr().err
+    change(other, task="lung", classes=CLASSES, data="elsewhere")
+    words = ["dice", str(lung_run), str(other), "--device", "cpu", "--ways", "1x1"]
+    assert compare.main(words) == 2
+    assert f"{other} differs from {lung_run} in data\n" in capsys.readouterr().err
+    assert compare.main([*words, "--data", str(root)]) == 0  # one folder for both
     for way in ("9", "9x0", "x2", "9x2x2", "-1x2"):
         with pytest.raises(SystemExit) as stopped:
             compare.main(["dice", str(lung_run), f"--ways={way}"])
