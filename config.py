@@ -67,7 +67,7 @@ class Config:
     target: str = setting("eps", "what the network predicts", "Eq. (7)", LEARN,
                           {"best": "v"}, "diffusion", choices=diffusion.TARGETS)
     shift: float = setting(1.0, "signal-to-noise ratio times shift^2; below 1: more noise",
-                           "arXiv 2301.10972", None, {"best large": 0.5}, "diffusion",
+                           "arXiv 2301.10972", None, {"best masks": 0.5}, "diffusion",
                            least=1e-3, most=1000)
     t_power: float = setting(1.0, "t has density t^(t_power - 1); 1: uniform", "Eq. (7)", None,
                              {"best masks": 4.0}, "diffusion", least=0.01, most=100)
@@ -255,7 +255,7 @@ def configure(args, device):
 
 
 def words_of(given, device):
-    """What the cases of the settings speak of: the task, masks, large, published, no GPU, ..."""
+    """What the cases of the settings speak of: the task, masks, published, no GPU, ..."""
     words = {given["task"], "own"} if given["task"] == "masks" else {given["task"]}
     if device.type != "cuda":
         words |= {"no", "GPU"}
@@ -263,8 +263,6 @@ def words_of(given, device):
         words |= {"fast", "bf16"}
     if given["task"] != "synthesis":
         words.add("masks")
-    if given.get("image_size", 0) > patches.POSITIONS:
-        words.add("large")
     if given.get("model") in baselines.U_NETS:
         words.add("published")
     for name in ("size", "recipe", "objective", "sampler"):

@@ -76,7 +76,7 @@ def test_recipe_best_changes_these_settings_alone_at_either_size(task, size):
     """It predicts v at a falling rate; masks get more noise, two passes; infections are moved."""
     expected = dict(recipe="best", target="v", lr_decay="cosine")
     if task != "synthesis":
-        expected |= dict(t_power=4.0, ddim_steps=2)
+        expected |= dict(shift=0.5, t_power=4.0, ddim_steps=2)
     if task == "infection":
         expected |= dict(augment=1.0)
     words = f"--task {task} --size {size} --recipe"

@@ -119,13 +119,6 @@ def test_a_size_that_64_does_not_divide_is_refused_in_one_line(capsys):
     assert error.count("\n") == 1
 
 
-def test_recipe_best_shifts_the_schedule_of_larger_masks():
-    """At 64x64 neither recipe does."""
-    for recipe, size, expected in (("best", 256, 0.5), ("best", 64, 1), ("report", 256, 1)):
-        words = f"--task lung --size small --recipe {recipe} --image-size {size}"
-        assert config.configure(config.parse(words.split()), CPU).shift == expected
-
-
 @pytest.mark.parametrize("size", [16, 64, 128, 256])
 def test_a_patch_hears_as_much_noise_as_a_pixel_of_64x64(size):
     """The signal-to-noise ratio of the mean of its p^2 pixels is that of the unpatched schedule."""
