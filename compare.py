@@ -92,7 +92,7 @@ def groups_of(trained):
 def trained_at(run):
     """The commit at which a run was trained, by its results.json; None where there is none."""
     file = Path(run, "results.json")
-    return json.loads(file.read_text(encoding="utf-8"))["commit"] if file.exists() else None
+    return evaluate.read_result(file).get("commit") if file.exists() else None
 
 
 def split_of(name, one, root, masks=None):

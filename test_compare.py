@@ -282,6 +282,15 @@ def test_bad_input_is_one_line_and_status_2(lung_run, words, changes, message, c
     assert error.startswith("compare.py: error: ") and message in error and error.count("\n") == 1
 
 
+def test_a_damaged_results_json_is_one_line(lung_run, capsys):
+    """It would say at which commit the run was trained."""
+    (lung_run / "results.json").write_text("{")
+    assert compare.main(["dice", str(lung_run), "--device", "cpu", "--ways", "1x1"]) == 2
+    error = capsys.readouterr().err
+    assert "results.json: not the results.json of a run that has masks\n" in error
+    assert error.count("\n") == 1
+
+
 def test_runs_of_two_tasks_or_two_folders_are_not_compared(root, lung_run, tmp_path, capsys):
     """Nor what is not masks x passes."""
     other = shutil.copytree(lung_run, tmp_path / "other")
