@@ -82,7 +82,7 @@ def test_eta_is_that_of_ddim_and_comes_from_the_command_line():
     cfg = config.configure(config.parse(words.split()), CPU)
     model, y = shake(config.build_model(cfg)), data.to_float(split(2).images)
     found = evaluate.sample_masks(model, cfg, y, [3, 8])[:, 0]
-    s = diffusion.schedule(cfg.T)
+    s = diffusion.schedule(cfg.T, cfg.pixel_shift)
     eps_model = evaluate.eps_model_of(model, cfg, s, CPU)
     noise, e = diffusion.ImageNoise(evaluate.EVAL_SEED, [3, 8], (1, 16, 16)), model.embed(y)
     torch.testing.assert_close(found, diffusion.ddim_sample(s, eps_model, noise, e, 4, eta=0.7))
@@ -228,7 +228,7 @@ def test_sec3_the_loss_of_a_perfect_network_is_zero_and_that_of_zeros_is_the_noi
     """Black images alone: x_0 is known, so eps is; a network of zeros has the mean of eps^2."""
     cfg = tiny(task="synthesis", cond=None, target="eps", eval_images=5)
     black = data.Split(np.zeros((9, 1, 16, 16), np.uint8), None, [])
-    s, noises = diffusion.schedule(cfg.T), []
+    s, noises = diffusion.schedule(cfg.T, cfg.pixel_shift), []
 
     def perfect(xt, t, y):
         noises.append(diffusion.predict_eps(s, xt, t, torch.full_like(xt, -1.0)))
@@ -245,7 +245,7 @@ def test_sec3_a_network_is_measured_by_what_it_predicts(target):
     """Black images: who answers what its target is scores 0, the others do not."""
     cfg = tiny(task="synthesis", cond=None, target=target, eval_images=5)
     black = data.Split(np.zeros((9, 1, 16, 16), np.uint8), None, [])
-    s = diffusion.schedule(cfg.T)
+    s = diffusion.schedule(cfg.T, cfg.pixel_shift)
     for answered in diffusion.TARGETS:
 
         def perfect(xt, t, y, answered=answered):

@@ -159,10 +159,10 @@ def test_the_loss_of_a_run_is_the_equations_and_its_step_tells_the_batchs_mean(h
     if cfg.supervised:
         expected = baselines.l_supervised(model(part.y), part.x0)
     elif cfg.objective == "vp":
-        process = score.process_of(1000)
+        process = score.process_of(1000, cfg.shift)
         expected = score.score_matching(process, 1000, model, *part, cfg.target)
     else:
-        s = diffusion.linear_schedule()
+        s = diffusion.schedule(cfg.T, cfg.shift)
         expected = diffusion.l_simple(s, model, *part, cfg.target)
     assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-6)
 

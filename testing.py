@@ -58,7 +58,7 @@ class Oracle(torch.nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.s, self.target = diffusion.linear_schedule(cfg.T), cfg.target
+        self.s, self.target = diffusion.schedule(cfg.T, cfg.pixel_shift), cfg.target
 
     def embed(self, y):
         return y
