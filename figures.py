@@ -47,11 +47,18 @@ def figure(rows, columns, width, height):
 
 
 def annotate(fig, title, caption):
-    """The title above and the caption below in smaller type, in lines as wide as the figure."""
+    """The title above and the caption below in smaller type, in lines as wide as the figure.
+
+    A name such as lung-concat.pt stays in one line.
+    """
+
+    def wrapped(text, width):
+        return textwrap.fill(text, round(width), break_on_hyphens=False)
+
     width = fig.get_figwidth()
-    fig.suptitle(textwrap.fill(title, round(13 * width)), fontsize=10, parse_math=False)
+    fig.suptitle(wrapped(title, 13 * width), fontsize=10, parse_math=False)
     if caption:
-        fig.supxlabel(textwrap.fill(caption, round(14 * width)), fontsize=9)
+        fig.supxlabel(wrapped(caption, 14 * width), fontsize=9)
 
 
 def show(ax, image, title=""):

@@ -80,6 +80,13 @@ def test_image_rows_puts_each_array_in_its_place():
     assert (fig.get_suptitle(), fig.get_supxlabel()) == ("title", "caption")
 
 
+def test_a_title_is_wrapped_between_words_and_not_within_a_name():
+    """weights/lung-concat.pt stays in one line, where a line is 26 characters wide."""
+    fig, _ = figures.figure(1, 1, 2, 2)
+    figures.annotate(fig, "lungs weights/lung-concat.pt", "")
+    assert fig.get_suptitle() == "lungs\nweights/lung-concat.pt"
+
+
 def test_image_rows_outlines_the_masks_of_its_own_row():
     """The contour of column i encloses mask i, in the colour given."""
     mask = np.zeros((1, 8, 8), np.uint8)

@@ -26,6 +26,7 @@ LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in mod
 MOST_LINES = {"train": 400, "benchmark": 600}  # of 100 columns; of every other module 450
 PACKAGES = {"numpy", "torch", "PIL", "matplotlib"}
 PEERS = {"diffusers", "monai", "denoising_diffusion_pytorch"}  # peers.py, where they are installed
+ALSO = {"peers": PEERS, "lesson": {"IPython"}}  # in functions: what is there where they are called
 NOT_MODULES = ("test_", "testing", "conftest")
 
 MODULES = [p for p in ROOT.glob("*.py") if not p.name.startswith(NOT_MODULES)]
@@ -85,8 +86,8 @@ def test_no_third_party_package_but_the_four(path):
     """The standard library, numpy, torch, pillow; matplotlib in figures.py, peers in peers.py."""
     own = {p.stem for p in MODULES}
     foreign = set(imports(parse(path))) - own - set(sys.stdlib_module_names)
-    assert not PEERS & set(imports(at_import(parse(path))))
-    assert foreign - (PEERS if path.stem == "peers" else set()) <= PACKAGES
+    assert not (PEERS | {"IPython"}) & set(imports(at_import(parse(path))))
+    assert foreign - ALSO.get(path.stem, set()) <= PACKAGES
     assert "matplotlib" not in foreign or path.stem == "figures"
 
 

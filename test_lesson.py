@@ -1,67 +1,125 @@
-"""notebooks/lesson.py: a notebook gets the finished run, or a shorter one that is found again."""
+"""notebooks/lesson.py: networks that compare, the images of every evaluation, tables, progress."""
 
-import signal
+import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import data
+import evaluate
 import runs
-import train
-from console import Stopped
 from notebooks import lesson
-from testing import SIZES
-
-SHORT = "--steps 4 --eval-images 4 --ddim-steps 2 --set eval_every=2"
 
 
 @pytest.fixture
-def words(root, elsewhere, no_pictures):
-    """A command whose full run has 500 steps, in a folder without runs."""
-    return f"--task lung --data {root} {SIZES} --set channels=4"
+def project(lung_run, tmp_path, monkeypatch):
+    """A folder with two finished runs of 4 steps in runs/, and others in weights/ of step 9."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        shutil.copytree(lung_run, Path("runs", f"{name}-0"))
+        state = torch.load(lung_run / "last.pt", weights_only=True)
+        half = {key: value.half() for key, value in state["ema"].items()}
+        Path("weights").mkdir(exist_ok=True)
+        state = dict(config=state["config"], step=9, ema=half)
+        torch.save(state, Path("weights", f"{name}.pt"))
+    return tmp_path
 
 
-@pytest.fixture
-def begun(monkeypatch):
-    """The step that each training step of this test began at."""
-    begun, step = [], train.Trainer.train_step
-
-    def counted(self, *split):
-        begun.append(self.step)
-        return step(self, *split)
-
-    monkeypatch.setattr(train.Trainer, "train_step", counted)
-    return begun
+def change(name, step=None, **settings):
+    """Write another step or other settings into a run's results."""
+    file = Path("runs", f"{name}-0", "results.json")
+    result = json.loads(file.read_text())
+    result["config"] |= settings
+    result["evaluation"]["step"] = step or result["evaluation"]["step"]
+    file.write_text(json.dumps(result))
 
 
-def test_a_shorter_run_is_trained_here_once_gone_on_with_after_a_stop_and_found_again(
-    words, begun, monkeypatch
-):
-    """Stopped at its first evaluation, and then finished by the next call; the third finds it."""
-    evaluate = train.Run.evaluate
-    monkeypatch.setattr(train.Run, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(Stopped, match="lung-concat-0-4-steps was not trained to its end"):
-        lesson.open_run(words, SHORT)
-    monkeypatch.setattr(train.Run, "evaluate", evaluate)
-    for _ in range(2):
-        _, cfg, folder, label = lesson.open_run(words, SHORT)
-        assert begun == [0, 1, 2, 3] and folder == Path("runs/lung-concat-0-4-steps")
-        assert cfg.steps == 4 and label == f"X-rays, {folder}, step 4"
+def labels(*names):
+    return [network.label for network in lesson.networks(*names).values()]
 
 
-def test_the_full_run_is_preferred_and_one_of_fewer_steps_does_not_count(words, begun):
-    """runs/lung-concat-0 of 3 steps is not that of --steps 5. Prolonged to 5 it is."""
-    shorter = "--steps 2 --set eval_every=2"
-    line = f"{words} --eval-images 4 --ddim-steps 2".split()
-    assert train.main([*line, "--steps", "3"]) == 0 and len(begun) == 3
-    full = f"{words} --eval-images 4 --ddim-steps 2"
-    short = lesson.open_run(full, shorter)[2]
-    assert short == Path("runs/lung-concat-0-2-steps") and len(begun) == 5
-    assert train.main(["--resume", "runs/lung-concat-0", "--steps", "5"]) == 0
-    model, _, folder, _ = lesson.open_run(f"{full} --steps 5", "")
-    assert folder == Path("runs/lung-concat-0") and len(begun) == 7
-    expected = runs.load_run(folder)[0].state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
-    folder.rename("runs/named")
-    named = lesson.open_run(f"{full} --steps 5 --out runs/named", "")[2]
-    assert named == Path("runs/named") and len(begun) == 7
+def test_your_own_runs_are_taken_where_all_are_finished(project):
+    """Else the weights of all: never one run of yours beside one of weights/."""
+    own = [f"X-rays, runs/{name}-0, step 4" for name in "ab"]
+    given = [f"X-rays, weights/{name}.pt, step 9" for name in "ab"]
+    assert labels("a", "b") == own and labels("a") == own[:1]
+    (project / "runs" / "b-0" / "results.json").unlink()
+    assert labels("a", "b") == given and labels("a") == own[:1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(step=3), *({name: "other"} for name in lesson.ALIKE)],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_runs_that_are_not_alike_are_not_compared(project, settings):
+    """Of unequal steps, or of another size, recipe, data, image size or seed."""
+    change("b", **settings)
+    assert labels("a", "b") == [f"X-rays, weights/{name}.pt, step 9" for name in "ab"]
+
+
+@pytest.mark.parametrize("settings", [dict(task="infection"), dict(model="unet")])
+def test_runs_of_two_tasks_or_models_may_have_taken_unequal_steps(project, settings):
+    """Equal time is not equal steps."""
+    change("b", step=3, **settings)
+    assert lesson.comparable([Path("runs/a-0"), Path("runs/b-0")])
+
+
+def test_halves_are_read_as_float32(project):
+    """The weights of a file of weights/ are those of the run, rounded."""
+    (project / "runs" / "a-0" / "results.json").unlink()
+    found = lesson.networks("a")["a"].model.state_dict()
+    expected = runs.load_run("runs/a-0")[0].state_dict()
+    for name, value in found.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, expected[name].half().float())
+
+
+def test_the_images_are_those_of_every_evaluation(project, root):
+    """Of validation, or of another split; the lungs where asked for."""
+    cfg = runs.load_run("runs/a-0")[1]
+    split, rows = lesson.held_out(cfg, 5)
+    assert split.names == data.load(root, "lung", "Val", None, 16).names
+    np.testing.assert_array_equal(rows, evaluate.evaluated_rows(len(split.names), 5))
+    assert lesson.held_out(cfg, 5, split="Test")[0].names != split.names
+    lungs, _ = lesson.held_out(cfg, 5, masks="lung masks")
+    np.testing.assert_array_equal(lungs.masks, split.masks)
+
+
+def test_a_table_has_four_digits():
+    """Of floats; words and counts stay."""
+    expected = "| a | b |\n|---|---|\n| x | 0.1235 |\n| 3 | y |"
+    assert lesson.table(["a", "b"], [["x", 0.123456], [3, "y"]]).data == expected
+
+
+def test_a_rehearsal_is_asked_for_by_fast(monkeypatch):
+    """FAST=1 takes the second of two numbers."""
+    monkeypatch.delenv("FAST", raising=False)
+    assert lesson.either(64, fast=4) == 64
+    monkeypatch.setenv("FAST", "1")
+    assert lesson.either(64, fast=4) == 4
+
+
+def test_progress_counts_and_is_gone_at_the_end(monkeypatch):
+    """A line a second at most, with the time left."""
+    shown, clock = [], iter([0.0, 0.5, 2.0, 2.5, 4.0])
+    monkeypatch.setattr(lesson.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("IPython.display.display", lambda text, display_id: Line(shown, text))
+    add = lesson.progress("masks", 8)
+    for _ in range(4):
+        add(2)
+    assert shown == ["masks", "masks: 4 of 8, 2 s left", ""]
+
+
+class Line:
+    """A display handle that notes what it shows."""
+
+    def __init__(self, shown, text):
+        self.shown = shown
+        self.update(text)
+
+    def update(self, text):
+        self.shown.append(text.data)

@@ -1,49 +1,120 @@
-"""What every notebook begins with: a trained network to look at."""
+"""What every notebook begins with: the project's folder, trained networks, their X-rays."""
 
 import json
+import os
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import config
+import data
+import devices
+import evaluate
+import phantoms
 import runs
-import train
-from console import Stopped
+
+ROOT = Path(__file__).resolve().parent.parent
+ALIKE = ("size", "recipe", "data", "image_size", "seed")  # settings of runs that compare
 
 
-def open_run(words, otherwise, device="cpu"):
-    """The finished run of `python train.py WORDS`, or else a shorter one that is trained here, now.
+class Network(NamedTuple):
+    """A trained network. label: its data, where it lies and how long it has learned."""
 
-    words      "--task lung --cond concat". Its run is looked for in runs/ of the current folder, or
-               at its --out. A run of fewer steps does not count
-    otherwise  "--steps 200": added to the words where there is no such run. The shorter run is kept
-               in runs/...-200-steps and found the next time
+    model: torch.nn.Module  # with the averaged weights
+    cfg: config.Config
+    label: str
 
-    Returns (model with the averaged weights, Config, folder, label). The label names data and run.
-    Stopped: the shorter run was stopped before its end; the next call goes on with it.
+
+def begin():
+    """Go to the project's folder, where runs/, weights/ and phantoms/ are. Returns the device."""
+    os.chdir(ROOT)
+    device = devices.choose_device()
+    print(f"torch {torch.__version__}, {device}{', rehearsal' if rehearsal() else ''}")
+    return device
+
+
+def rehearsal():
+    """Whether FAST=1 asks for few images and passes: every cell runs, and nothing can be seen."""
+    return bool(os.environ.get("FAST"))
+
+
+def either(full, fast):
+    """`full`, or `fast` in a rehearsal."""
+    return fast if rehearsal() else full
+
+
+def networks(*names, device="cpu"):
+    """{name: Network} of weights/NAME.pt, or of your own runs in runs/NAME-0.
+
+    Your own are taken if all of them are finished and alike: of one size, recipe, data, image size
+    and seed, and those of one task and model after equally many steps. So what is compared here is
+    comparable. NAME is a run's folder without its seed, such as lung-concat.
     """
-    device = torch.device(device)
-    full, short = (
-        config.configure(config.parse(line.split()), device)
-        for line in (words, f"{words} {otherwise}")
-    )
-    folder = Path(config.parse(words.split()).out or Path("runs", config.name_of(full)))
-    if not finished(folder, full.steps):
-        folder = folder.with_name(f"{folder.name}-{short.steps}-steps")
-    if not finished(folder, short.steps):
-        line = [*words.split(), *otherwise.split(), "--out", str(folder)]
-        if (folder / "last.pt").exists():
-            line = ["--resume", str(folder)]
-        if train.main([*line, "--device", str(device)]):
-            raise Stopped(f"{folder} was not trained to its end")
-    model, cfg, step = runs.load_run(folder, device)
-    images = "phantoms" if cfg.phantoms else "X-rays"
-    return model, cfg, folder, f"{images}, {folder}, step {step}"
+    own = {name: Path("runs", f"{name}-0") for name in names}
+    places = own if comparable(list(own.values())) else {n: Path("weights", f"{n}.pt") for n in own}
+    found = {}
+    for name, place in places.items():
+        model, cfg, step = runs.load_run(place, torch.device(device))
+        images = "phantoms" if cfg.phantoms else "X-rays"
+        found[name] = Network(model, cfg, f"{images}, {place}, step {step}")
+    return found
 
 
-def finished(folder, steps):
-    """Whether a run folder has the results of at least so many steps."""
-    file = folder / "results.json"
-    if not file.exists():
+def comparable(folders):
+    """Whether all these runs are finished and alike, see networks."""
+    files = [folder / "results.json" for folder in folders]
+    if not all(file.exists() for file in files):
         return False
-    return json.loads(file.read_text(encoding="utf-8"))["evaluation"]["step"] >= steps
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    first, steps = results[0]["config"], {}
+    for result in results:
+        cfg, step = result["config"], result["evaluation"]["step"]
+        alike = all(cfg[name] == first[name] for name in ALIKE)
+        if not alike or step != steps.setdefault((cfg["task"], cfg["model"]), step):
+            return False
+    return True
+
+
+def held_out(cfg, n, masks=None, split="Val"):
+    """(data.Split, the n rows of it that every evaluation looks at).
+
+    masks: those of the lungs, "lung masks", instead of the task's
+    """
+    cfg = phantoms.find_data(cfg, None)
+    if masks:
+        images = data.load(cfg.data, cfg.task, split, cfg.classes, cfg.image_size, masks=masks)
+    else:
+        images = phantoms.splits_of(cfg, (split,))[split]
+    return images, evaluate.evaluated_rows(len(images.images), n)
+
+
+def table(columns, rows):
+    """A table, shown as the last value of a cell. A number gets four digits."""
+    from IPython.display import Markdown  # only notebooks have it
+
+    def words(cell):
+        return f"{cell:.4f}" if isinstance(cell, float) else str(cell)
+
+    lines = [evaluate.row_of(columns), "|---" * len(columns) + "|"]
+    return Markdown("\n".join([*lines, *(evaluate.row_of(map(words, row)) for row in rows)]))
+
+
+def progress(label, total):
+    """progress(images) for the samplers: one line below the cell, which is gone at the end."""
+    from IPython.display import Markdown, display
+
+    line, done, began = display(Markdown(label), display_id=True), 0, time.monotonic()
+    shown_at = began
+
+    def add(images):
+        nonlocal done, shown_at
+        done, now = done + images, time.monotonic()
+        if done >= total:
+            line.update(Markdown(""))
+        elif now - shown_at > 1:
+            shown_at, left = now, (now - began) * (total - done) / done
+            line.update(Markdown(f"{label}: {done} of {total}, {left:.0f} s left"))
+
+    return add
