@@ -10,6 +10,7 @@ import textwrap
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from PIL import Image
 
 TRUE, SAMPLED = "#009e73", "#d55e00"  # green and orange that colour-blind eyes tell apart
@@ -20,6 +21,8 @@ LINES = [  # colour, dash, marker
     ("#0072b2", ":", "^"),
     ("#009e73", "-.", "v"),
     ("#cc79a7", (0, (7, 2, 1, 2, 1, 2)), "D"),
+    ("#7f7f7f", (0, (9, 4)), "P"),
+    ("#56b4e9", (0, (3, 1, 3, 4)), "X"),
 ]
 GRAY = dict(cmap="gray", vmin=0, vmax=255, interpolation="nearest")  # 0 is black, 255 white
 
@@ -87,6 +90,13 @@ def plot(*panels, title, caption="", height=3.2):
     return fig
 
 
+class Plain(LogFormatter):
+    """Numbers of a logarithmic axis as 20 and 0.5, of which fewer collide than of 2 x 10^1."""
+
+    def __call__(self, x, pos=None):
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def draw_curves(ax, lines, style="line", errors=None, marks=None, **axis):
     """Curves that differ in dash and marker, not only in colour.
 
@@ -97,6 +107,8 @@ def draw_curves(ax, lines, style="line", errors=None, marks=None, **axis):
     axis    any of matplotlib's axis properties: xlabel, ylabel, title, xscale, yscale, xlim, ylim
     """
     errors, marks = errors or {}, marks or {}
+    if len(lines) + len(marks) > len(LINES):
+        raise ValueError(f"at most {len(LINES)} lines can be told apart")
     for (label, (x, y)), (colour, dash, marker) in zip(lines.items(), LINES):
         dash = "" if style == "points" else dash
         marker = "" if style == "line" else marker
@@ -105,6 +117,10 @@ def draw_curves(ax, lines, style="line", errors=None, marks=None, **axis):
     for (label, y), (colour, dash, _) in zip(marks.items(), reversed(LINES)):
         ax.axhline(y, label=label, color=colour, linestyle=dash, linewidth=1)
     ax.set(**axis)
+    for one in (ax.xaxis, ax.yaxis):
+        if one.get_scale() == "log":
+            one.set_major_formatter(Plain())
+            one.set_minor_formatter(Plain(minor_thresholds=(1.5, 0.4)))
     ax.title.set_fontsize(9)
     ax.grid(alpha=0.3)
     if len(lines) + len(marks) > 1:

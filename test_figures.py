@@ -130,17 +130,41 @@ def test_planes_have_their_first_row_below_and_arrows_that_fill_a_step():
 def test_lines_differ_in_more_than_colour():
     """Each curve holds its own numbers; all dashes and markers are different, for gray printing."""
     x = np.arange(5)
-    lines = {str(k): (x, k * x) for k in range(5)}
-    fig = figures.plot(dict(lines=lines, style="both", marks={"level": 2}, xlabel="t"), title="")
+    lines = {str(k): (x, k * x) for k in range(7)}
+    fig = figures.plot(dict(lines=lines, style="both", xlabel="t"), title="")
     (ax,) = fig.axes
     drawn = [container[0] for container in ax.containers]
     assert all(np.array_equal(line.get_ydata(), k * x) for k, line in enumerate(drawn))
     patterns = [line._dash_pattern[1] and tuple(line._dash_pattern[1]) for line in drawn]
     dashes = {(line.get_linestyle(), pattern) for line, pattern in zip(drawn, patterns)}
-    assert len(dashes) == len({line.get_marker() for line in drawn}) == len(drawn) == 5
+    assert len(dashes) == len({line.get_marker() for line in drawn}) == len(drawn) == 7
     assert ax.get_xlabel() == "t"
-    legend = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert legend == ["level", "0", "1", "2", "3", "4"]
+
+
+def test_level_lines_and_curves_share_the_dashes():
+    """All are named in the legend; more of them than can be told apart are refused."""
+    lines = {str(k): ([0, 1], [0, k]) for k in range(6)}
+    fig = figures.plot(dict(lines=lines, marks={"level": 2}), title="")
+    legend = fig.axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["level", *lines]
+    assert (
+        len({line._dash_pattern[1] and tuple(line._dash_pattern[1]) for line in legend.get_lines()})
+        == 7
+    )
+    with pytest.raises(ValueError, match="at most 7 lines"):
+        figures.plot(dict(lines=lines, marks={"level": 2, "other": 3}), title="")
+
+
+def test_a_logarithmic_axis_has_plain_numbers():
+    """0.6 and 20 instead of powers of ten."""
+    panel = dict(lines={"a": ([5, 100], [0.5, 8])}, xscale="log", yscale="log")
+    fig = figures.plot(panel, title="")
+    fig.canvas.draw()
+    (ax,) = fig.axes
+    for axis, expected in ((ax.xaxis, {"10", "100"}), (ax.yaxis, {"0.6", "1", "4"})):
+        labels = axis.get_ticklabels(which="both")
+        assert expected <= {label.get_text() for label in labels}
+        assert not any("$" in label.get_text() for label in labels)
 
 
 def scores(dice):
