@@ -73,13 +73,13 @@ def read_run(run, device):
 def groups_of(trained):
     """{name: runs that differ in their seed alone}, in the order given.
 
-    UserError: two runs of one name, NAME-SEED, differ in more.
+    UserError: two runs of one name, NAME-SEED, differ in more. check looks at their data.
     """
     groups = {}
     for one in trained:
         group = groups.setdefault(one.name, [])
         group.append(one)
-        alike = [dataclasses.asdict(other.cfg) | dict(seed=0) for other in group]
+        alike = [dataclasses.asdict(other.cfg) | dict(seed=0, data=None) for other in group]
         other = [name for name, value in alike[0].items() if alike[-1][name] != value]
         rule = f"{one.run} differs from {group[0].run} in {', '.join(other)}"
         refuse(other, f"{rule}; give runs of different settings different names")
