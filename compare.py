@@ -73,13 +73,13 @@ def read_run(run, device):
 def groups_of(trained):
     """{name: runs that differ in their seed alone}, in the order given.
 
-    UserError: two runs of one name, NAME-SEED, differ in more.
+    UserError: two runs of one name, NAME-SEED, differ in more. check looks at their data.
     """
     groups = {}
     for one in trained:
         group = groups.setdefault(one.name, [])
         group.append(one)
-        alike = [dataclasses.asdict(other.cfg) | dict(seed=0) for other in group]
+        alike = [dataclasses.asdict(other.cfg) | dict(seed=0, data=None) for other in group]
         other = [name for name, value in alike[0].items() if alike[-1][name] != value]
         rule = f"{one.run} differs from {group[0].run} in {', '.join(other)}"
         refuse(other, f"{rule}; give runs of different settings different names")
@@ -310,15 +310,16 @@ def table(result):
 
 def table_of_shares(rows):
     """What intervals.rows_of_intervals found, a row for each spread."""
-    names = ("raw: coverage", "width", "CRPS", "conformal: coverage", "width", "CRPS")
-    lines = [row_of(["spread", "DICE", "bias", "mean absolute error", *names])]
-    lines.append("|---" * 10 + "|")
+    facts = ("coverage", "width", "interval score", "CRPS")
+    columns = [f"raw: {facts[0]}", *facts[1:], f"conformal: {facts[0]}", *facts[1:]]
+    lines = [row_of(["spread", "DICE", "bias", "mean absolute error", *columns])]
+    lines.append("|---" * 12 + "|")
     for row in rows:
         cells = [row["spread"], f"{row['DICE']:.4f}", f"{row['bias']:+.4f}"]
         cells.append(f"{row['mean absolute error']:.4f}")
         for kind in ("raw", "conformal"):
-            found = row.get(kind) or dict.fromkeys(("coverage", "width", "CRPS"), math.nan)
-            cells += [f"{found['coverage']:.2f}", f"{found['width']:.4f}", f"{found['CRPS']:.5f}"]
+            found = row.get(kind) or dict.fromkeys(facts, math.nan)
+            cells += [f"{found[fact]:.3f}" for fact in facts[:3]] + [f"{found['CRPS']:.4f}"]
         lines.append(row_of(cells).replace("nan", ""))
     return "\n".join(lines)
 
@@ -341,10 +342,14 @@ def parse(argv):
     full = "dice: at the size of the mask files; runs may differ in --image-size"
     p.add_argument("--full-size", action="store_true", help=full)
     reach = dict(type=float, nargs="+", default=[0.95, 0.97], metavar="DICE")
-    p.add_argument("--reach", **reach, help="time: how soon these are reached")
+    p.add_argument("--reach", **reach, help="time: how soon these are reached; default 0.95 0.97")
     number = dict(type=int, metavar="N")
-    p.add_argument("--rounds", **number, default=5, help="time: timed steps of each")
-    p.add_argument("--masks", **number, default=25, help="shares: of each X-ray")
+    p.add_argument(
+        "--rounds", **number, default=5, help="time: timed steps of each; default %(default)s"
+    )
+    p.add_argument(
+        "--masks", **number, default=25, help="shares: of each X-ray; default %(default)s"
+    )
     p.add_argument("--ddim-steps", **number, help="shares: passes a mask; default: the run's")
     split = dict(choices=("Val", "Test", "held-out"), default="Val")
     p.add_argument("--split", **split, help="the images; held-out: what --set held_out kept")

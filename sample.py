@@ -375,6 +375,7 @@ def use_run(args):
         areas, counts = write_masks(model, cfg, small, args, device, out, title)
         if cfg.ensemble > 1:
             message("\n".join(share_lines(args.images, areas, whole, words)))
+            message("What the network has not learned widens no interval (results/shares).")
         if counts:
             table = score_table(args.images, counts, f"{MARK}: {what}")
             write_whole(out / "scores.md", runs.as_text(table))

@@ -35,9 +35,14 @@ def trained(name, seed=0, model=None, **changes):
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_row():
-    """In the order given; another setting, or one seed twice, is refused by name."""
+    """In the order given; another setting, or one seed twice, is refused by name.
+
+    Copies of the data are not: with --data all runs are judged on one folder.
+    """
     a, b, c = trained("a", 0), trained("b", 0, steps=11), trained("a", 1)
     assert compare.groups_of([b, a, c]) == {"b": [b], "a": [a, c]}
+    copy = trained("a", 3, data="elsewhere")
+    assert compare.groups_of([a, copy]) == {"a": [a, copy]}
     with pytest.raises(UserError, match="^a-2 differs from a-0 in lr, ema; give runs of different"):
         compare.groups_of([a, trained("a", 2, lr=1.0, ema=0.5)])
     with pytest.raises(UserError, match="^a-1: a run named a has its seed, 1$"):

@@ -378,7 +378,8 @@ def test_an_ensemble_says_how_large_the_share_is_and_how_sure_it_is(tmp_path, ca
     masks = evaluate.sample_masks(model, cfg, data.to_float(small), [0, 1], 5) > 0
     other, lung_cfg, _ = runs.load_run(lungs)
     found = evaluate.sample_masks(other, lung_cfg, data.to_float(small), [0, 1])[:, 0] > 0
-    said = [line for line in out.splitlines() if "interval" in line]
+    *said, warning = [line for line in out.splitlines() if "interval" in line]
+    assert "has not learned" in warning
     for line, path, own, whole in zip(said, images, masks, found.flatten(1).sum(1), strict=True):
         x = own.flatten(1).sum(1) / whole
         numbers = f"{x.mean():.3f} of the lungs, 67% interval of 5 masks {x.min():.3f} to "
