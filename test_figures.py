@@ -143,6 +143,15 @@ def test_lines_differ_in_more_than_colour():
     assert legend == ["level", "0", "1", "2", "3", "4"]
 
 
+def test_panels_stand_side_by_side_each_as_wide_as_asked():
+    """Two panels of 3.5 inches make a picture of 7, the width of a page."""
+    panel = dict(lines={"a": ([0, 1], [0, 1])})
+    fig = figures.plot(panel, panel, title="", height=3, width=3.5)
+    assert fig.get_size_inches().tolist() == [7, 3]
+    left, right = (ax.get_subplotspec().colspan.start for ax in fig.axes)
+    assert left < right
+
+
 def scores(dice):
     return {"pooled": {"DICE index": dice, "Sensitivity": dice / 2, "Precision": dice / 4}}
 
