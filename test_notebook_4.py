@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import max_pool2d
 
 import data
 import evaluate
@@ -48,36 +49,50 @@ def test_the_two_networks_differ_in_the_conditioning_alone(networks):
     assert (a.cond, b.cond) == ("add", "concat")
 
 
-def test_both_find_the_lungs_and_concatenation_is_ahead(networks, unseen):
-    """One mask of two passes each; the difference is more than its standard error."""
-    counts = {}
-    for cond, network in networks.items():
-        masks = sampled(network, unseen, 48, 1, 2)[:, 0]
-        assert dice(masks, unseen[1]) > 0.96
-        counts[cond] = [metrics.confusion(masks, unseen[1])]
-    rng = np.random.default_rng(0)
-    gain, error = metrics.dice_difference(counts["concat"], counts["add"], rng)
-    assert gain > error
+def test_both_find_the_lungs_and_are_level(networks, unseen):
+    """One mask of two passes each: they differ by less than 0.003."""
+    counts = []
+    for network in networks.values():
+        masks = sampled(network, unseen, 24, 1, 2)[:, 0]
+        assert dice(masks, unseen[1][:24]) > 0.96
+        counts.append([metrics.confusion(masks, unseen[1][:24])])
+    gain, error = metrics.dice_difference(*counts, np.random.default_rng(0))
+    assert abs(gain) < 0.003 and error < 0.002
+
+
+def wrong_at_the_edge_and_elsewhere(masks, true):
+    """Wrong pixels at most two from the true outline, and the others."""
+    true = torch.from_numpy(true)
+    grown = max_pool2d(true.float(), 5, 1, 2)
+    edge = grown != -max_pool2d(-true.float(), 5, 1, 2)
+    wrong = (masks > 0) != true
+    return int((wrong & edge).sum()), int((wrong & ~edge).sum())
+
+
+def test_two_passes_are_level_with_one(networks, unseen):
+    """They cost no DICE."""
+    true, one, two = unseen[1][:12], *(sampled(networks["concat"], unseen, 12, 1, k) for k in (1, 2))
+    counts = [[metrics.confusion(masks[:, 0], true)] for masks in (two, one)]
+    gain, _ = metrics.dice_difference(*counts, np.random.default_rng(0))
+    assert abs(gain) < 0.003
 
 
 @pytest.mark.parametrize("cond", ["add", "concat"])
-def test_one_pass_scores_higher_than_ten(networks, unseen, cond):
-    """By more than two standard errors."""
-    true, few, many = unseen[1][:12], *(sampled(networks[cond], unseen, 12, 1, k) for k in (1, 10))
-    counts = [[metrics.confusion(masks[:, 0], true)] for masks in (few, many)]
+def test_ten_passes_score_lower_and_their_errors_are_specks(networks, unseen, cond):
+    """Lower by ten standard errors; away from the outline one pass makes hardly an error."""
+    true, one, ten = unseen[1][:12], *(sampled(networks[cond], unseen, 12, 1, k) for k in (1, 10))
+    counts = [[metrics.confusion(masks[:, 0], true)] for masks in (one, ten)]
     gain, error = metrics.dice_difference(*counts, np.random.default_rng(0))
-    assert gain > 2 * error
+    assert gain > 10 * error
+    (edge_1, far_1), (edge_10, far_10) = (
+        wrong_at_the_edge_and_elsewhere(masks[:, 0], true) for masks in (one, ten)
+    )
+    assert far_1 < 0.1 * edge_1 and far_10 - far_1 > edge_10 - edge_1
 
 
 def test_one_pass_is_a_mean_of_plausible_masks(networks, unseen):
-    """It differs on fewer pixels from the mean of 7 masks of ten passes than an eighth one does."""
-    one = sampled(networks["concat"], unseen, 3, 1, 1)[:, 0]
-    many = sampled(networks["concat"], unseen, 3, 8, 10)
+    """It is nearer to the mean of seven masks of five passes than an eighth one is."""
+    one = sampled(networks["concat"], unseen, 4, 1, 1)[:, 0]
+    many = sampled(networks["concat"], unseen, 4, 8, 5)
     others = many[:, 1:].mean(1) > 0
     assert torch.sum((one > 0) != others) < 0.75 * torch.sum((many[:, 0] > 0) != others)
-
-
-def test_masks_of_two_passes_differ_more_than_those_of_one(networks, unseen):
-    """So that a mean of several of them says more than one."""
-    few, more = ((sampled(networks["concat"], unseen, 4, 4, k) > 0).float() for k in (1, 2))
-    assert more.var(1).mean() > 1.2 * few.var(1).mean()

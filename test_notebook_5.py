@@ -49,17 +49,18 @@ def test_the_two_networks_differ_in_the_conditioning_alone_and_find_infections(u
         assert dice(masks[:, 0], unseen[1][:12]) > 0.75
 
 
-def test_concatenation_has_learned_to_hear_xt_louder():
-    """Its kernel was as small as one of the X-ray's at the start; addition's is four times that."""
-    kernels = load("concat")[0].unet.stem.weight.detach()
-    of_xt, of_xray = kernels[:, 0].square().mean().sqrt(), kernels[:, 1:].square().mean().sqrt()
-    assert 1.3 < of_xt / of_xray < 4
+def test_training_moves_the_two_ways_towards_each_other():
+    """x_t's kernel against one of the X-ray's: addition begins at 4, concatenation at 1."""
+    add, concat = (load(cond)[0].unet.stem.weight.detach() for cond in ("add", "concat"))
+    by_add = add.sum(1).square().mean().sqrt() / add.square().mean().sqrt()
+    by_concat = concat[:, 0].square().mean().sqrt() / concat[:, 1:].square().mean().sqrt()
+    assert 1.1 < by_concat < by_add < 3.5
 
 
 def test_the_mean_of_nine_scores_higher_than_one_mask(nine, unseen):
-    """Than the nine do on average, and than the first, the one mask of §4.3."""
+    """Than the nine do on average, but not by much."""
     singles = [dice(nine[:, j], unseen[1]) for j in range(9)]
-    assert dice(nine.mean(1), unseen[1]) > max(np.mean(singles) + 0.003, singles[0])
+    assert np.mean(singles) + 0.001 < dice(nine.mean(1), unseen[1]) < np.mean(singles) + 0.01
 
 
 def test_disagreement_warns_of_errors_but_not_of_all(nine, unseen):
@@ -68,7 +69,7 @@ def test_disagreement_warns_of_errors_but_not_of_all(nine, unseen):
     wrong = (nine.mean(1) > 0) != torch.from_numpy(unseen[1])
     agree = (share == 0) | (share == 1)
     assert wrong[~agree].float().mean() > 10 * wrong[agree].float().mean()
-    assert 0.1 < (wrong & agree).sum() / wrong.sum() < 0.7
+    assert 0.4 < (wrong & agree).sum() / wrong.sum() < 0.85
 
 
 def test_the_vote_of_the_masks_is_too_sure_and_their_gray_mean_is_less_so(nine, unseen):
@@ -76,9 +77,17 @@ def test_the_vote_of_the_masks_is_too_sure_and_their_gray_mean_is_less_so(nine, 
     votes, gray = (nine > 0).float().mean(1), ((nine + 1) / 2).clamp(0, 1).mean(1)
     true = torch.from_numpy(unseen[1]).float()
     few, many = (true[(votes * 9).round() == k].mean() for k in (1, 8))
-    assert few > 1 / 9 + 0.03 and many < 8 / 9 - 0.05
+    assert few > 1 / 9 + 0.05 and many < 8 / 9 - 0.2
     error = [metrics.expected_calibration_error(p, unseen[1]) for p in (votes, gray)]
     assert error[1] < 0.9 * error[0]
+
+
+def test_masks_disagree_only_where_their_gray_value_is_near_the_threshold(nine):
+    """It varies little from mask to mask, so where some say yes and some no it is near 0.5."""
+    votes, gray = (nine > 0).float().mean(1), ((nine + 1) / 2).clamp(0, 1)
+    disputed = (votes > 0.2) & (votes < 0.8)
+    assert gray.std(1)[disputed].mean() < 0.15
+    assert (gray.mean(1)[disputed] - 0.5).abs().mean() < 0.1
 
 
 def test_the_best_threshold_is_about_half_of_the_best_dice(nine, unseen):
