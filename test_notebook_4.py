@@ -71,7 +71,10 @@ def wrong_at_the_edge_and_elsewhere(masks, true):
 
 def test_two_passes_are_level_with_one(networks, unseen):
     """They cost no DICE."""
-    true, one, two = unseen[1][:12], *(sampled(networks["concat"], unseen, 12, 1, k) for k in (1, 2))
+    true, one, two = (
+        unseen[1][:12],
+        *(sampled(networks["concat"], unseen, 12, 1, k) for k in (1, 2)),
+    )
     counts = [[metrics.confusion(masks[:, 0], true)] for masks in (two, one)]
     gain, _ = metrics.dice_difference(*counts, np.random.default_rng(0))
     assert abs(gain) < 0.003
