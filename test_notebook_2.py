@@ -140,12 +140,21 @@ def correlation(a, b):
     return float(np.corrcoef(a.flatten(), b.flatten())[0, 1])
 
 
-def test_attention_prefers_places_of_the_picture_and_not_of_the_chest(trained, x0):
+def test_attention_prefers_places_of_the_picture_and_does_not_turn_with_the_chest(trained, x0):
     """Mirrored X-rays give the same map, not its mirror. Gray images give it too."""
     for t in (100, 500):
         plain, mirrored = looked_at(trained, x0, t), looked_at(trained, x0.flip(-1), t)
         assert correlation(plain, mirrored) > 0.95 > correlation(plain.flip(-1), mirrored) + 0.05
         assert correlation(plain, looked_at(trained, torch.zeros_like(x0), t)) > 0.7
+
+
+def test_x_rays_upside_down_change_the_attention_and_do_not_turn_it(trained, x0):
+    """At t = 100, and by far more than other X-rays do."""
+    plain, other = looked_at(trained, x0[:8], 100), looked_at(trained, x0[8:], 100)
+    upside_down = looked_at(trained, x0.flip(-2), 100)
+    assert correlation(plain, other) > 0.9
+    assert correlation(plain, upside_down) < 0.7
+    assert correlation(plain.flip(-2), upside_down) < 0.6
 
 
 def test_without_an_edge_attention_has_no_favourite_place(trained, x0, monkeypatch):
