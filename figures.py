@@ -81,9 +81,9 @@ def contour(ax, mask, colour, style="solid"):
 # ---------------------------------------- curves
 
 
-def plot(*panels, title, caption="", height=3.2):
-    """Curves in panels side by side. Each panel is a dict of the arguments of draw_curves."""
-    fig, (axes,) = figure(1, len(panels), 4.8 * len(panels), height)
+def plot(*panels, title, caption="", height=3.2, width=4.8):
+    """Curves in panels side by side, `width` inches each. A panel: the arguments of draw_curves."""
+    fig, (axes,) = figure(1, len(panels), width * len(panels), height)
     for ax, panel in zip(axes, panels):
         draw_curves(ax, **panel)
     annotate(fig, title, caption)

@@ -167,6 +167,15 @@ def test_a_logarithmic_axis_has_plain_numbers():
         assert not any("$" in label.get_text() for label in labels)
 
 
+def test_panels_stand_side_by_side_each_as_wide_as_asked():
+    """Two panels of 3.5 inches make a picture of 7, the width of a page."""
+    panel = dict(lines={"a": ([0, 1], [0, 1])})
+    fig = figures.plot(panel, panel, title="", height=3, width=3.5)
+    assert fig.get_size_inches().tolist() == [7, 3]
+    left, right = (ax.get_subplotspec().colspan.start for ax in fig.axes)
+    assert left < right
+
+
 def scores(dice):
     return {"pooled": {"DICE index": dice, "Sensitivity": dice / 2, "Precision": dice / 4}}
 

@@ -1,0 +1,98 @@
+"""What notebook 8 says of weights/ambiguous.pt and weights/infection-*.pt, on new pictures."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import ambiguous
+import data
+import evaluate
+import intervals
+import metrics
+import phantoms
+import runs
+from testing import CPU, ROOT
+
+
+def unseen(n):
+    """n phantoms of a seed that no run has: a data.Split, and their lungs (n, 1, 64, 64) bool."""
+    drawn = [phantoms.phantom(9, i, "COVID-19") for i in range(n)]
+    images = np.stack([data.resize_image(image, 64) for image, _, _ in drawn])[:, None]
+    lungs, masks = (
+        np.stack([data.resize_mask(parts[i], 64) for parts in drawn])[:, None] for i in (1, 2)
+    )
+    split = data.Split(images, np.uint8(255) * masks, [str(i) for i in range(n)])
+    return split, lungs.astype(bool)
+
+
+def said(name, n, masks=1):
+    """The intervals.Shares of n unseen phantoms; a mask has five passes, as in the notebook."""
+    model, cfg, _ = runs.load_run(ROOT / "weights" / f"{name}.pt")
+    cfg = dataclasses.replace(cfg, ddim_steps=5)
+    return intervals.shares_of([(model, cfg)], *unseen(n), masks, CPU, None)
+
+
+@pytest.fixture(scope="module")
+def diffusion():
+    """Ten masks of each of 16 phantoms."""
+    return said("infection-concat", 16, 10)
+
+
+@pytest.fixture(scope="module")
+def supervised():
+    return said("infection-report-unet-concat", 60)
+
+
+def test_masks_know_how_far_the_area_may_be_off_and_independent_pixels_do_not():
+    """The network's masks say more than 0.6 of the exact spread, independent pixels below 0.3."""
+    model, cfg, _ = runs.load_run(ROOT / "weights" / "ambiguous.pt")
+    cfg = dataclasses.replace(cfg, ddim_steps=10)
+    pictures = [ambiguous.picture(5, i) for i in range(10)]
+    y = data.to_float(ambiguous.split(pictures).images)
+    drawn = evaluate.sample_masks(model, cfg, y, range(10), 10, CPU)
+    ours, alone, exact = (drawn > 0).sum((2, 3, 4)).numpy().var(1, ddof=1), [], []
+    for p in pictures:
+        area, pixels = p.masks.sum((1, 2)), np.tensordot(p.prob, p.masks, 1)
+        exact.append(p.prob @ (area - p.prob @ area) ** 2)
+        alone.append((pixels * (1 - pixels)).sum())
+    assert 0.6 < (ours.mean() / np.mean(exact)) ** 0.5 < 1.2
+    assert (np.mean(alone) / np.mean(exact)) ** 0.5 < 0.3
+
+
+def test_raw_intervals_of_infections_hold_far_fewer_truths_than_samples_can(diffusion):
+    """The masks differ from one another by less than half of what they differ from the truth."""
+    low, high = metrics.central_interval(diffusion.samples)
+    assert metrics.level_of(10) == pytest.approx(9 / 11)
+    assert metrics.coverage(low, high, diffusion.true) < 0.6
+    spread = diffusion.samples.var(1, ddof=1).mean() * (1 + 1 / 10)
+    assert spread**0.5 < 0.5 * np.square(diffusion.true - diffusion.estimate).mean() ** 0.5
+
+
+def test_both_networks_know_the_share_far_better_than_its_mean_does(diffusion, supervised):
+    """Mean absolute error; the two differ by less than two standard errors."""
+    true = diffusion.true
+    errors = [abs(one.estimate[:16] - true) for one in (diffusion, supervised)]
+    nothing = abs(true - supervised.true[16:].mean()).mean()
+    assert max(error.mean() for error in errors) < 0.6 * nothing
+    difference = errors[0] - errors[1]
+    assert abs(difference.mean()) < 2 * difference.std(ddof=1) / 4
+
+
+def test_a_conformal_interval_covers_without_a_network_and_is_narrow_with_one(supervised):
+    """Halves of 30 phantoms, both ways: coverage within chance, width less than half."""
+    true, n = supervised.true, len(supervised.true)
+    spread = supervised.spreads["pixels, alike"]
+    answers = (np.full(n, true.mean()), np.ones(n)), (supervised.estimate, spread)
+    hit, widths = [], []
+    for estimate, spread in answers:
+        covered, width = [], []
+        for taught, new in ((slice(30), slice(30, 60)), (slice(30, 60), slice(30))):
+            half = metrics.conformal_factor(abs(estimate - true)[taught], spread[taught])
+            half = half * spread[new]
+            covered += list(abs(estimate - true)[new] <= half)
+            width.append(2 * half.mean())
+        hit.append(np.mean(covered))
+        widths.append(np.mean(width))
+    assert min(hit) > 0.75
+    assert widths[1] < 0.5 * widths[0]
