@@ -56,8 +56,8 @@ class Config:
     task: str = setting(None, "X-rays from noise, or masks", "§3, §4.4, §4.5", LEARN, choices=TASKS)
     model: str = setting("diffusion", "diffusion, or a supervised network: X-ray in, mask out",
                          "§4.4, §4.5", LEARN, choices=MODELS)
-    cond: str = setting("concat", "RRDB(y) is added to x_t, to a convolution of x_t (lift), "
-                        "concatenated, attended to (cross); none: y itself", "§4.2", LEARN,
+    cond: str = setting("concat", "how RRDB(y) enters; lift: x_t convolved first; none: y itself",
+                        "§4.2", LEARN,
                         {"synthesis": None, "published": None}, "network", choices=CONDITIONINGS)
     size: str = setting("report", "of network, batch and evaluation", "", LEARN,
                         {"no GPU": "small"}, choices=SIZES)

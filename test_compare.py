@@ -176,7 +176,9 @@ def test_a_log_that_is_damaged_is_named(text, tmp_path):
 # ---------------------------------------- a share and its interval
 
 
-def test_the_study_of_shares_learns_on_what_was_held_out(root, lung_run, monkeypatch, capsys):
+def test_the_study_of_shares_learns_on_what_was_held_out(
+    root, lung_run, tmp_path, monkeypatch, capsys
+):
     """From the command to the table: the rows that each of the two gets; lungs of infections."""
     seen = []
 
@@ -186,13 +188,18 @@ def test_the_study_of_shares_learns_on_what_was_held_out(root, lung_run, monkeyp
 
     monkeypatch.setattr(intervals, "shares_of", shares_of)
     change(lung_run, task="infection", classes=("COVID-19",), held_out=0.5)
-    assert compare.main(["shares", str(lung_run), "--masks", "7", "--device", "cpu"]) == 0
+    out = tmp_path / "shares.json"
+    words = ["--masks", "7", "--device", "cpu", "--out", str(out)]
+    assert compare.main(["shares", str(lung_run), *words]) == 0
     Train, Val = (data.load(root, "infection", s, "COVID-19", 16) for s in ("Train", "Val"))
     assert [names for names, *_ in seen] == [Train.names[1::2], Val.names]
     lungs = data.load(root, "infection", "Val", "COVID-19", 16, masks="lung masks")
     assert seen[1][1:] == ((lungs.masks > 127).sum(), 7)
     row = capsys.readouterr().out.splitlines()[-1].split(" | ")
-    assert row[0] == "| 25 masks" and row[1] == "0.9000" and len(row) == 10
+    assert row[0] == "| 25 masks" and row[1] == "0.9000" and len(row) == 12
+    facts = json.loads(out.read_text())["rows"][0]["conformal"]
+    kinds = ("coverage", "width", "interval score")
+    assert row[8:11] == [f"{facts[kind]:.3f}" for kind in kinds]
 
 
 # ---------------------------------------- the command
