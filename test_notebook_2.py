@@ -9,16 +9,14 @@ import torch
 import data
 import diffusion
 import evaluate
-import phantoms
-import runs
 import unet
-from testing import CPU, ROOT
+from testing import CPU, chests, network
 
 
 @pytest.fixture(scope="module")
 def trained():
     """(network, config, schedule) of weights/synthesis.pt, in float32."""
-    model, cfg, _ = runs.load_run(ROOT / "weights" / "synthesis.pt")
+    model, cfg = network("synthesis")
     cfg = dataclasses.replace(cfg, precision="fp32")
     return model, cfg, diffusion.schedule(cfg.T, cfg.pixel_shift)
 
@@ -26,9 +24,7 @@ def trained():
 @pytest.fixture(scope="module")
 def x0():
     """16 phantoms of a seed that no run has, as x_0."""
-    drawn = [phantoms.phantom(9, i, data.CLASSES[i % 3]) for i in range(16)]
-    images = [data.resize_image(image, 64) for image, _, _ in drawn]
-    return data.to_float(np.stack(images)[:, None])
+    return data.to_float(chests(9, range(16)).images)
 
 
 def noised(trained, images, t):

@@ -10,27 +10,25 @@ import data
 import diffusion
 import evaluate
 import metrics
-import phantoms
-import runs
-from testing import CPU, ROOT
+from testing import CPU, chests, network
 
 
 @pytest.fixture(scope="module")
 def net():
     """(network, settings) of weights/synthesis.pt."""
-    return runs.load_run(ROOT / "weights" / "synthesis.pt")[:2]
+    return network("synthesis")
 
 
 @pytest.fixture(scope="module")
 def known():
     """The first 40 images of the network's training."""
-    return chests(0)
+    return xrays(0)
 
 
 @pytest.fixture(scope="module")
 def new():
     """40 phantoms that nobody has seen."""
-    return chests(99)
+    return xrays(99)
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +37,9 @@ def samples(net):
     return drawn(net, 32, ddim_steps=10)
 
 
-def chests(seed):
+def xrays(seed):
     """40 phantoms of this seed as the network sees them."""
-    pictures = [phantoms.phantom(seed, i, "COVID-19")[0] for i in range(1, 41)]
-    return data.to_float(np.stack([data.resize_image(p, 64)[None] for p in pictures]))
+    return data.to_float(chests(seed, range(1, 41), "COVID-19").images)
 
 
 def drawn(net, n, **how):

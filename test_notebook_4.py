@@ -10,36 +10,26 @@ from torch.nn.functional import max_pool2d
 import data
 import evaluate
 import metrics
-import phantoms
-import runs
-from testing import CPU, ROOT
+from testing import CPU, chests, dice, network
 
 
 @pytest.fixture(scope="module")
 def networks():
     """{"add": (model, cfg), "concat": (model, cfg)}"""
-    found = {cond: ROOT / "weights" / f"lung-{cond}.pt" for cond in ("add", "concat")}
-    return {cond: runs.load_run(file)[:2] for cond, file in found.items()}
+    return {cond: network(f"lung-{cond}") for cond in ("add", "concat")}
 
 
 @pytest.fixture(scope="module")
 def unseen():
     """48 phantoms of a seed that no run has: X-rays (48, 1, 64, 64) uint8, lungs as bool."""
-    drawn = [phantoms.phantom(9, i, data.CLASSES[i % 3]) for i in range(48)]
-    images = np.stack([data.resize_image(image, 64) for image, _, _ in drawn])[:, None]
-    lungs = np.stack([data.resize_mask(lung, 64) for _, lung, _ in drawn])
-    return images, lungs[:, None]
+    return chests(9, range(48))[:2]
 
 
-def sampled(network, unseen, n, members, passes):
+def sampled(trained, unseen, n, members, passes):
     """Masks of the first n phantoms, (n, members, 1, 64, 64)."""
-    model, cfg = network[0], dataclasses.replace(network[1], ddim_steps=passes)
+    model, cfg = trained[0], dataclasses.replace(trained[1], ddim_steps=passes)
     y = data.to_float(unseen[0][:n])
     return evaluate.sample_masks(model, cfg, y, range(n), members, CPU)
-
-
-def dice(masks, true):
-    return metrics.scores(metrics.confusion(masks, true).pooled())["DICE index"]
 
 
 def test_the_two_networks_differ_in_the_conditioning_alone(networks):
@@ -52,8 +42,8 @@ def test_the_two_networks_differ_in_the_conditioning_alone(networks):
 def test_both_find_the_lungs_and_are_level(networks, unseen):
     """One mask of two passes each: they differ by less than 0.003."""
     counts = []
-    for network in networks.values():
-        masks = sampled(network, unseen, 24, 1, 2)[:, 0]
+    for trained in networks.values():
+        masks = sampled(trained, unseen, 24, 1, 2)[:, 0]
         assert dice(masks, unseen[1][:24]) > 0.96
         counts.append([metrics.confusion(masks, unseen[1][:24])])
     gain, error = metrics.dice_difference(*counts, np.random.default_rng(0))

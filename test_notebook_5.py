@@ -9,22 +9,18 @@ import torch
 import data
 import evaluate
 import metrics
-import phantoms
-import runs
-from testing import CPU, ROOT
+from testing import CPU, chests, dice, network
 
 
 def load(cond):
-    return runs.load_run(ROOT / "weights" / f"infection-{cond}.pt")[:2]
+    return network(f"infection-{cond}")
 
 
 @pytest.fixture(scope="module")
 def unseen():
     """24 phantoms of a seed that no run has: X-rays (24, 1, 64, 64) uint8, infections as bool."""
-    drawn = [phantoms.phantom(9, i, "COVID-19") for i in range(24)]
-    images = np.stack([data.resize_image(image, 64) for image, _, _ in drawn])[:, None]
-    masks = np.stack([data.resize_mask(mask, 64) for _, _, mask in drawn])
-    return images, masks[:, None]
+    images, _, infected = chests(9, range(24), "COVID-19")
+    return images, infected
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +29,6 @@ def nine(unseen):
     model, cfg = load("concat")
     assert cfg.ddim_steps == 2
     return evaluate.sample_masks(model, cfg, data.to_float(unseen[0]), range(24), 9, CPU)
-
-
-def dice(masks, true, threshold=0.0):
-    return metrics.scores(metrics.confusion(masks, true, threshold).pooled())["DICE index"]
 
 
 def test_the_two_networks_differ_in_the_conditioning_alone_and_find_infections(unseen):

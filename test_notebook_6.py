@@ -9,26 +9,10 @@ import torch
 import data
 import diffusion
 import evaluate
-import metrics
-import phantoms
-import runs
 import score
-from testing import CPU, ROOT
+from testing import CPU, chests, dice, network
 
 NEW = 99  # the seed of phantoms that no network has seen
-
-
-def network(name):
-    """(network, settings) of weights/NAME.pt."""
-    return runs.load_run(ROOT / "weights" / f"{name}.pt")[:2]
-
-
-def chests(n):
-    """n phantoms, (images, lung masks), uint8, at 64x64."""
-    found = [phantoms.phantom(NEW, i, "Normal")[:2] for i in range(n)]
-    images = np.stack([data.resize_image(image, 64)[None] for image, _ in found])
-    masks = np.stack([data.resize_mask(lung, 64)[None] for _, lung in found])
-    return images, np.uint8(255) * masks
 
 
 def rms(a, b):
@@ -59,7 +43,7 @@ def test_an_x_ray_goes_to_noise_and_comes_back():
         process, score.score_of_eps(process, eps_model, cfg.T, clip=True)
     )
     levels = score.on_grid(process, score.heun_levels(score.level(process, 1.0), 0.02, 40), cfg.T)
-    x = data.to_float(chests(1)[0])
+    x = data.to_float(chests(NEW, range(1), "Normal").images)
     with torch.inference_mode():
         noised = score.ode_heun(of_level, x, levels[-2::-1])
         back = score.ode_heun(of_level, noised, levels)
@@ -70,11 +54,10 @@ def test_an_x_ray_goes_to_noise_and_comes_back():
 def test_masks_of_recipe_best_are_best_in_two_passes_and_worst_by_langevin_dynamics():
     """DICE of the same X-rays: DDIM in 2 passes, DDIM and the ODE in 25, Langevin in 101."""
     model, cfg = network("lung-concat")
-    images, masks = chests(3)
-    dice = {}
+    images, lungs, _ = chests(NEW, range(3), "Normal")
+    found = {}
     for sampler, passes in (("ddim", 2), ("ddim", 25), ("ode", 25), ("langevin", 101)):
         how = dataclasses.replace(cfg, sampler=sampler, ddim_steps=passes)
         drawn = evaluate.segment(model, how, images, np.arange(3), CPU)
-        counts = metrics.confusion(drawn, masks > 127)
-        dice[sampler, passes] = metrics.scores(counts.pooled())["DICE index"]
-    assert dice["ddim", 2] > dice["ddim", 25] > dice["ode", 25] > dice["langevin", 101]
+        found[sampler, passes] = dice(drawn, lungs)
+    assert found["ddim", 2] > found["ddim", 25] > found["ode", 25] > found["langevin", 101]

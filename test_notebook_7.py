@@ -1,7 +1,6 @@
 """What notebook 7 says of trained networks, on phantoms that no network has seen."""
 
 import dataclasses
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,33 +11,17 @@ import data
 import diffusion
 import evaluate
 import metrics
-import phantoms
 import probes
-import runs
 import studies
-from testing import CPU, ROOT
+from testing import CPU, Chests, chests, dice, network
 
 NEW = 99  # the seed of these phantoms
 
 
-class Chests(NamedTuple):
-    """Phantoms at 64x64: (N, 1, 64, 64) uint8, and bool for the masks."""
-
-    images: np.ndarray
-    lungs: torch.Tensor
-    infected: torch.Tensor
-
-
-def chests(rows, healthy=False):
-    found = [phantoms.phantom(NEW, i, "COVID-19", healthy=healthy) for i in rows]
-    images = np.stack([data.resize_image(one[0], 64)[None] for one in found])
-    masks = (np.stack([data.resize_mask(one[k], 64)[None] for one in found]) for k in (1, 2))
-    return Chests(images, *(torch.from_numpy(mask.astype(bool)) for mask in masks))
-
-
-def network(name):
-    """(network, settings) of weights/NAME.pt."""
-    return runs.load_run(ROOT / "weights" / f"{name}.pt")[:2]
+def ill(rows, healthy=False):
+    """These phantoms with COVID-19, or before it: Chests, with the masks as tensors."""
+    images, *masks = chests(NEW, rows, "COVID-19", healthy)
+    return Chests(images, *map(torch.from_numpy, masks))
 
 
 def masks_of(name, images, passes, members):
@@ -49,14 +32,10 @@ def masks_of(name, images, passes, members):
     return evaluate.sampled(lambda _, masks: masks, shape, model, how, images, rows, CPU)
 
 
-def dice(masks, true):
-    return metrics.scores(metrics.confusion(masks, true).pooled())["DICE index"]
-
-
 @pytest.fixture(scope="module")
 def sick():
     """64 phantoms with COVID-19."""
-    return chests(range(64))
+    return ill(range(64))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +58,7 @@ def test_the_signed_map_ranks_infections_better_than_gray_and_the_loss_worse(sic
     noise = diffusion.ImageNoise(0, rows, x.shape[1:])
     eps_model = evaluate.eps_model_of(model, cfg, s, CPU)
     loss, signed = probes.anomaly_map(s, eps_model, x, range(400, 601, 25), noise)
-    difference = x - data.to_float(chests(rows, healthy=True).images)
+    difference = x - data.to_float(ill(rows, healthy=True).images)
 
     def auroc(found):
         return metrics.auroc(found[lungs].numpy(), sick.infected[:24][lungs].numpy())
@@ -91,7 +70,7 @@ def test_the_signed_map_ranks_infections_better_than_gray_and_the_loss_worse(sic
 def test_the_middle_of_the_decoder_knows_infections_better_than_its_end_and_than_at_much_noise():
     """DICE of classifiers that learned from eight phantoms, on 12 others."""
     model, cfg = network("synthesis")
-    known, other = chests(range(100, 108)), chests(range(12))
+    known, other = ill(range(100, 108)), ill(range(12))
     s = diffusion.schedule(cfg.T, cfg.pixel_shift)
     eps = diffusion.ImageNoise(0, [0], (1, 64, 64))()
 
@@ -158,7 +137,7 @@ def test_several_masks_gain_with_five_passes_and_hardly_with_two(sick, two_passe
 
 def test_one_and_two_passes_are_level_with_the_supervised_network_and_more_score_lower():
     """Lungs. A mask drawn from the supervised p expects what it scores: that p is right."""
-    well = chests(range(12))
+    well = ill(range(12))
     scores = [
         dice(masks_of("lung-concat", well.images, n, 1)[:, 0], well.lungs) for n in (1, 2, 5, 10)
     ]

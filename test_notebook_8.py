@@ -10,25 +10,18 @@ import data
 import evaluate
 import intervals
 import metrics
-import phantoms
-import runs
-from testing import CPU, ROOT
+from testing import CPU, chests, network
 
 
 def unseen(n):
     """n phantoms of a seed that no run has: a data.Split, and their lungs (n, 1, 64, 64) bool."""
-    drawn = [phantoms.phantom(9, i, "COVID-19") for i in range(n)]
-    images = np.stack([data.resize_image(image, 64) for image, _, _ in drawn])[:, None]
-    lungs, masks = (
-        np.stack([data.resize_mask(parts[i], 64) for parts in drawn])[:, None] for i in (1, 2)
-    )
-    split = data.Split(images, np.uint8(255) * masks, [str(i) for i in range(n)])
-    return split, lungs.astype(bool)
+    images, lungs, infected = chests(9, range(n), "COVID-19")
+    return data.Split(images, np.uint8(255) * infected, [str(i) for i in range(n)]), lungs
 
 
 def said(name, n, masks=1):
     """The intervals.Shares of n unseen phantoms; a mask has five passes, as in the notebook."""
-    model, cfg, _ = runs.load_run(ROOT / "weights" / f"{name}.pt")
+    model, cfg = network(name)
     cfg = dataclasses.replace(cfg, ddim_steps=5)
     return intervals.shares_of([(model, cfg)], *unseen(n), masks, CPU, None)
 
@@ -46,7 +39,7 @@ def supervised():
 
 def test_masks_know_how_far_the_area_may_be_off_and_independent_pixels_do_not():
     """The network's masks say more than 0.6 of the exact spread, independent pixels below 0.3."""
-    model, cfg, _ = runs.load_run(ROOT / "weights" / "ambiguous.pt")
+    model, cfg = network("ambiguous")
     cfg = dataclasses.replace(cfg, ddim_steps=10)
     pictures = [ambiguous.picture(5, i) for i in range(10)]
     y = data.to_float(ambiguous.split(pictures).images)

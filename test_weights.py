@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import evaluate
-import phantoms
 import runs
+from testing import chests
 
 ROOT = Path(__file__).resolve().parent
 FILES = sorted(ROOT.glob("weights/*.pt"))
@@ -31,9 +30,7 @@ def test_each_file_is_small_named_and_ready_to_sample(file):
 def test_the_lines_of_the_readme_find_the_lungs_of_phantoms(monkeypatch):
     """Typed as they stand. New phantoms: 0.97 of the pixels are right."""
     monkeypatch.chdir(ROOT)
-    drawn = [phantoms.phantom(9, i, "Normal")[:2] for i in range(3)]
-    xrays = np.stack([data.resize_image(image, 64)[None] for image, _ in drawn])
-    true = np.stack([data.resize_mask(lung, 64)[None] for _, lung in drawn])
+    xrays, true, _ = chests(9, range(3), "Normal")
     lines = README.split("In Python, ")[1].split("\n\n")[1]
     names = dict(np=np, torch=torch, runs=runs, evaluate=evaluate, xrays=xrays)
     exec("\n".join(line.strip() for line in lines.splitlines()), names)

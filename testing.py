@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ import torch.nn.functional as F
 import config
 import data
 import diffusion
+import metrics
+import phantoms
+import runs
 
 ROOT = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -85,6 +89,35 @@ def group_norm_as_on_cuda(monkeypatch, kind=torch.Tensor):
 
     monkeypatch.setattr(F, "group_norm", group_norm)
     monkeypatch.setattr(kind, "is_cuda", True, raising=False)
+
+
+# ---------------------------------------- trained networks, on phantoms of their own
+
+
+class Chests(NamedTuple):
+    """Phantoms: images uint8, lungs and infected bool, each (N, 1, 64, 64)."""
+
+    images: np.ndarray
+    lungs: np.ndarray
+    infected: np.ndarray
+
+
+def chests(seed, rows, kind=None, healthy=False):
+    """These phantoms of a seed as a network sees them: Chests. kind: None has all, in turn."""
+    drawn = [phantoms.phantom(seed, i, kind or data.CLASSES[i % 3], healthy=healthy) for i in rows]
+    images = [data.resize_image(image, 64)[None] for image, _, _ in drawn]
+    masks = ([data.resize_mask(one[part], 64)[None] for one in drawn] for part in (1, 2))
+    return Chests(*map(np.stack, (images, *masks)))
+
+
+def network(name):
+    """(model, Config) of weights/NAME.pt."""
+    return runs.load_run(ROOT / "weights" / f"{name}.pt")[:2]
+
+
+def dice(masks, true, threshold=0.0):
+    """DICE over all pixels of these masks."""
+    return metrics.scores(metrics.confusion(masks, true, threshold).pooled())["DICE index"]
 
 
 # ---------------------------------------- run folders
