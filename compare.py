@@ -311,9 +311,9 @@ def table(result):
 def table_of_shares(rows):
     """What intervals.rows_of_intervals found, a row for each spread."""
     facts = ("coverage", "width", "interval score", "CRPS")
-    columns = [f"raw: {facts[0]}", *facts[1:], f"conformal: {facts[0]}", *facts[1:]]
-    lines = [row_of(["spread", "DICE", "bias", "mean absolute error", *columns])]
-    lines.append("|---" * 12 + "|")
+    names = ["spread", "DICE", "bias", "mean absolute error"]
+    names += [f"raw: {facts[0]}", *facts[1:], f"conformal: {facts[0]}", *facts[1:]]
+    lines = [row_of(names), "|---" * len(names) + "|"]
     for row in rows:
         cells = [row["spread"], f"{row['DICE']:.4f}", f"{row['bias']:+.4f}"]
         cells.append(f"{row['mean absolute error']:.4f}")
@@ -344,12 +344,8 @@ def parse(argv):
     reach = dict(type=float, nargs="+", default=[0.95, 0.97], metavar="DICE")
     p.add_argument("--reach", **reach, help="time: how soon these are reached; default 0.95 0.97")
     number = dict(type=int, metavar="N")
-    p.add_argument(
-        "--rounds", **number, default=5, help="time: timed steps of each; default %(default)s"
-    )
-    p.add_argument(
-        "--masks", **number, default=25, help="shares: of each X-ray; default %(default)s"
-    )
+    p.add_argument("--rounds", **number, default=5, help="time: steps of each; default %(default)s")
+    p.add_argument("--masks", **number, default=25, help="shares: per X-ray; default %(default)s")
     p.add_argument("--ddim-steps", **number, help="shares: passes a mask; default: the run's")
     split = dict(choices=("Val", "Test", "held-out"), default="Val")
     p.add_argument("--split", **split, help="the images; held-out: what --set held_out kept")

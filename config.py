@@ -57,8 +57,8 @@ class Config:
     model: str = setting("diffusion", "diffusion, or a supervised network: X-ray in, mask out",
                          "§4.4, §4.5", LEARN, choices=MODELS)
     cond: str = setting("concat", "how RRDB(y) enters; lift: x_t convolved first; none: y itself",
-                        "§4.2", LEARN,
-                        {"synthesis": None, "published": None}, "network", choices=CONDITIONINGS)
+                        "§4.2", LEARN, {"synthesis": None, "published": None}, "network",
+                        choices=CONDITIONINGS)
     size: str = setting("report", "of network, batch and evaluation", "", LEARN,
                         {"no GPU": "small"}, choices=SIZES)
     recipe: str = setting("report", "as printed, or what wins here", "", LEARN,

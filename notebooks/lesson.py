@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 
 import config
-import data
 import devices
 import evaluate
 import phantoms
@@ -82,11 +81,7 @@ def held_out(cfg, n, masks=None, split="Val"):
 
     masks: those of the lungs, "lung masks", instead of the task's
     """
-    cfg = phantoms.find_data(cfg, None)
-    if masks:
-        images = data.load(cfg.data, cfg.task, split, cfg.classes, cfg.image_size, masks=masks)
-    else:
-        images = phantoms.splits_of(cfg, (split,))[split]
+    images = phantoms.splits_of(phantoms.find_data(cfg, None), (split,), masks=masks)[split]
     return images, evaluate.evaluated_rows(len(images.images), n)
 
 
