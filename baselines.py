@@ -164,7 +164,7 @@ class Res50AttUNet(nn.Module):
 class OnePass(nn.Module):
     """The report's network as a supervised one: it never sees a noisy mask, x_t is 0 and t is T.
 
-    net  a unet.ConditionalUNet
+    net  a conditional.ConditionalUNet
     """
 
     def __init__(self, net, T):

@@ -41,6 +41,7 @@ import data
 import devices
 import diffusion
 import evaluate
+import networks
 import patches
 import peers
 import phantoms
@@ -145,7 +146,7 @@ def flops_of(model, *args):
 
 def flops_of_a_pass(cfg):
     """Of one image through the U-Net; counted on torch's meta device, which computes nothing."""
-    net = config.without_memory(cfg).unet
+    net = networks.without_memory(cfg).unet
     with torch.device("meta"):
         xt = torch.empty(1, net.in_channels, *2 * [patches.positions_of(cfg.image_size)])
         return flops_of(net, xt, torch.ones(1, dtype=torch.long))
@@ -153,7 +154,7 @@ def flops_of_a_pass(cfg):
 
 def flops_of_passes(cfg, passes):
     """Of so many passes for one image, whose X-ray is embedded once; a supervised model has one."""
-    model = config.without_memory(cfg)
+    model = networks.without_memory(cfg)
     with torch.device("meta"):
         y, t = torch.empty(1, 1, cfg.image_size, cfg.image_size), torch.ones(1, dtype=torch.long)
         if cfg.supervised:
@@ -212,7 +213,7 @@ def ready(model, device):
 def sampling_job(cfg, device, n, model=None):
     """One call samples n masks, or X-rays, as an evaluation does. Without a model a fresh one."""
     if model is None:
-        model = devices.laid_out(ready(config.build_model(cfg), device), device)
+        model = devices.laid_out(ready(networks.build_model(cfg), device), device)
     model = devices.cast_once(model, cfg)
     if cfg.task == "synthesis":
         return partial(evaluate.sample_images, model, cfg, range(n), device)
@@ -321,8 +322,8 @@ def compare(cfg, device, rounds):
     step_s, sample_s = timed(steps, device, rounds), timed(samples, device, rounds)
     rows = []
     for name in filter(sample_s.get, step_s):
-        model = config.without_memory(cfg) if name in ours else peers.Peer(name, cfg)
-        row = dict(network=name, parameters=config.parameters(model), step=step_s[name])
+        model = networks.without_memory(cfg) if name in ours else peers.Peer(name, cfg)
+        row = dict(network=name, parameters=networks.parameters(model), step=step_s[name])
         row |= dict(sampling=sample_s[name], memory=peak_memory(two_steps, *steps[name]))
         rows.append(row)
     return rows
@@ -339,9 +340,8 @@ def models(cfg, device, rounds):
     samples = {name: (sampling_job, c, device, n) for name, c in configs.items()}
     step_s, mask_s = timed(steps, device, rounds), timed(samples, device, rounds)
     rows = []
-    for name in filter(mask_s.get, configs):
-        c = configs[name]
-        row = dict(model=name, parameters=config.parameters(config.without_memory(c)))
+    for name, c in ((name, configs[name]) for name in filter(mask_s.get, configs)):
+        row = dict(model=name, parameters=networks.parameters(networks.without_memory(c)))
         row |= dict(flop=flops_of_passes(c, c.ensemble * c.ddim_steps), mask=mask_s[name] / n)
         rows.append(row | dict(training=step_s.get(c.model, math.nan) / c.batch_size))
     return rows
@@ -398,7 +398,7 @@ def step_without(choice, cfg, device):
 
 def samples_without(cfg, device):
     """{choice: sampling job whose model does without it}, as timed takes it, and AS_IT_IS."""
-    plain, *copies = (ready(config.build_model(cfg), device) for _ in range(5))
+    plain, *copies = (ready(networks.build_model(cfg), device) for _ in range(5))
     as_it_is, groups, attention, embedding = (devices.laid_out(model, device) for model in copies)
     for layer in groups.modules():
         if isinstance(layer, unet.GroupNorm):
@@ -552,7 +552,7 @@ def configure(args, device):
     if args.channels is not None:
         words += ["--set", f"channels={args.channels}"]
     cfg = config.configure(config.parse(words), device)
-    config.without_memory(cfg)
+    networks.without_memory(cfg)
     return replace(cfg, steps=10**6)  # no learning rate falls to 0 here
 
 
@@ -592,8 +592,8 @@ def main(argv=None):
         message(tables(result))
         return 0
 
-    advice = "try a smaller --batch-size or --channels"
-    return exit_status("benchmark.py", work, advice, "the parts that were done are in --out")
+    less = "try a smaller --batch-size or --channels"
+    return exit_status("benchmark.py", work, less, "the parts that were done are in --out")
 
 
 if __name__ == "__main__":

@@ -11,15 +11,13 @@ import argparse
 import dataclasses
 import difflib
 
-import torch
-
 import baselines
 import devices
 import diffusion
 import patches
+from conditional import CONDITIONINGS
 from console import Parser, UserError, path_of, refuse
 from data import CLASSES, DEFAULT_CLASSES
-from unet import CONDITIONINGS, begin_as_addition
 
 TASKS = ("synthesis", "lung", "infection", "masks")  # the last: of your own images
 NOT_OF = {task: ("group", "threshold") for task in TASKS} | {"masks": ("classes",)}  # settings
@@ -367,71 +365,7 @@ def from_dict(settings):
     return Config(**settings)
 
 
-# ---------------------------------------- what a configuration is
-
-
-def build_model(cfg):
-    """The network of a configuration, with fresh weights that depend on its seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)  # its low 32 bits; cfg.seed has no others
-        if cfg.model in baselines.U_NETS:
-            kind = baselines.U_NETS[cfg.model]
-            return patches.supervised_unet(kind, cfg.channels, cfg.image_size)
-        names = "image_size growth rrdbs channels channel_mult blocks head_channels".split()
-        settings = {name: getattr(cfg, name) for name in names}
-        positions = patches.positions_of(cfg.image_size)
-        attention_at = tuple(positions >> level for level in cfg.attention_levels)
-        settings |= dict(segdiff=cfg.rrdb == "segdiff", attention_at=attention_at)
-        net = patches.conditional_unet(cfg.cond, **settings)
-        if cfg.stem == "add":
-            begin_as_addition(net)
-        return baselines.OnePass(net, cfg.T) if cfg.supervised else net
-
-
-def describe(cfg, words=False):
-    """The settings that say something about this run, and the sizes of its networks, in lines.
-
-    words  True: each line also has the flag, the words and the section of its setting
-    """
-    model = without_memory(cfg)
-    lines = [setting_line(cfg, name, words) for name in SETTINGS if name not in unused(cfg)]
-    net = model.net if cfg.model == "report-unet" else model
-    lines.append(f"  U-Net            {parameters(getattr(net, 'unet', net)):,} parameters")
-    if getattr(net, "embedder", None) is not None:
-        lines.append(f"  embedder         {parameters(net.embedder):,} parameters")
-    return "\n".join(lines)
-
-
-def without_memory(cfg):
-    """build_model on torch's meta device. UserError: what cannot be built."""
-    try:
-        with torch.device("meta"):
-            return build_model(cfg)
-    except ValueError as e:
-        sizes = f"--set channels={cfg.channels}, --image-size {cfg.image_size}"
-        raise UserError(f"{sizes}: {e}") from e
-
-
-def setting_line(cfg, name, words):
-    """A setting and its value, and what it means where `words` is true."""
-    facts, value = SETTINGS[name].metadata, getattr(cfg, name)
-    line = f"  {name:17}{', '.join(map(str, value)) if isinstance(value, tuple) else value}"
-    if not words or name in FOUND:
-        return line
-    return f"{line:<34} {flag(name)}: {facts['words']} ({facts['section']})".removesuffix(" ()")
-
-
-def unused(cfg):
-    """The names of the settings that say nothing about this run."""
-    names = {"epochs" if cfg.steps else "steps", *NOT_OF[cfg.task]}  # the one gives the other
-    names |= set() if cfg.data else set(FOUND)
-    foreign = {"diffusion": cfg.supervised, "network": cfg.model in baselines.U_NETS}
-    return names | {n for n, field in SETTINGS.items() if foreign.get(field.metadata["about"])}
-
-
-def parameters(module):
-    """How many numbers a module learns."""
-    return sum(p.numel() for p in module.parameters())
+# ---------------------------------------- what a configuration is called
 
 
 def kind_of(cfg, noun=""):

@@ -12,7 +12,7 @@ import functools
 from torch import nn
 from torch.nn import functional as F
 
-from unet import ConditionalUNet
+from conditional import ConditionalUNet
 
 POSITIONS = 64  # a side, of the report's images
 

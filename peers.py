@@ -26,7 +26,7 @@ def installed():
 
 
 class Peer(torch.nn.Module):
-    """A peer's unconditional U-Net, called like unet.ConditionalUNet. It ignores y and e.
+    """A peer's unconditional U-Net, called like conditional.ConditionalUNet. It ignores y and e.
 
     name  of PEERS. ModuleNotFoundError where its package is missing
     """

@@ -26,6 +26,7 @@ import torch
 
 import config
 import data
+import networks
 import pairs
 import phantoms
 from console import UserError, failure_named, message, refuse_pipe, write_whole
@@ -168,7 +169,7 @@ def fault_of(checkpoint):
         value = checkpoint.get(name, least)
         if type(value) is not type(least) or value < least or value == math.inf or value != value:
             return f"its {name} cannot be {str(value)[:100]}"
-    network, step = config.without_memory(checkpoint["config"]), checkpoint["step"]
+    network, step = networks.without_memory(checkpoint["config"]), checkpoint["step"]
     weights, state = network.state_dict(), checkpoint.get("optimizer", {}).get("state", {})
     moments = [dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p) for p in network.parameters()]
     parts = [("ema", checkpoint["ema"], weights)]
@@ -206,7 +207,7 @@ def load_run(path, device="cpu"):
     """
     checkpoint = read_checkpoint(path)
     cfg = checkpoint["config"]
-    model = config.build_model(cfg).to(device)
+    model = networks.build_model(cfg).to(device)
     model.load_state_dict(checkpoint["ema"])
     model.requires_grad_(False).eval()
     return laid_out(model, device), cfg, checkpoint["step"]

@@ -24,12 +24,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import batches
-import config
 import data
 import devices
 import diffusion
 import evaluate
 import metrics
+import networks
 import phantoms
 import probes
 import runs
@@ -156,7 +156,7 @@ def probe(model, cfg, x, positive, seed, device, members=10):
 
 def from_scratch(cfg, x, positive, seed, device, steps=200, batch=8):
     """As probe, by the same U-Net with fresh weights: X-ray in, mask out in one pass (t = 1)."""
-    net = config.build_model(dataclasses.replace(cfg, seed=seed)).to(device)
+    net = networks.build_model(dataclasses.replace(cfg, seed=seed)).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
     cfg = dataclasses.replace(cfg, steps=steps, warmup=steps // 10, lr_decay="cosine")
     g = batches.generator(seed, Purpose.FROM_SCRATCH)

@@ -10,6 +10,7 @@ from torch import nn
 import baselines
 import config
 import evaluate
+import networks
 import train
 
 CPU = torch.device("cpu")
@@ -180,8 +181,8 @@ def test_the_reports_network_in_one_pass_is_the_diffusion_network_at_x_T_of_zero
     """The same initial weights, bit for bit; x_t = 0 and t = T whatever the X-ray."""
     words = "--task lung --cond add --size small --recipe best --image-size 16 --precision fp32"
     cfg = config_of(f"{words} --set channels=4")
-    diffusion = config.build_model(dataclasses.replace(cfg, model="diffusion"))
-    one_pass = config.build_model(dataclasses.replace(cfg, model="report-unet"))
+    diffusion = networks.build_model(dataclasses.replace(cfg, model="diffusion"))
+    one_pass = networks.build_model(dataclasses.replace(cfg, model="report-unet"))
     for a, b in zip(diffusion.parameters(), one_pass.parameters(), strict=True):
         assert torch.equal(a, b)
     for p in diffusion.parameters():

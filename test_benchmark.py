@@ -14,6 +14,7 @@ import batches
 import benchmark
 import config
 import evaluate
+import networks
 import peers
 import phantoms
 import runs
@@ -46,7 +47,7 @@ def test_the_count_does_not_depend_on_the_device_and_grows_with_the_batch():
 
     def count(device, n):
         with torch.device(device):
-            net, xt = config.build_model(tiny()).unet, torch.zeros(n, 17, 16, 16)
+            net, xt = networks.build_model(tiny()).unet, torch.zeros(n, 17, 16, 16)
             return benchmark.flops_of(net, xt, torch.ones(n, dtype=torch.long))
 
     assert count("cpu", 1) == count("meta", 1) and count("cpu", 3) == 3 * count("cpu", 1)
@@ -54,7 +55,7 @@ def test_the_count_does_not_depend_on_the_device_and_grows_with_the_batch():
 
 def test_counting_leaves_the_network_as_it_was():
     """The formula is counted on a copy: no hook, no other attention stays behind."""
-    net = config.build_model(tiny()).unet
+    net = networks.build_model(tiny()).unet
     before = [module.__dict__.copy() for module in net.modules()]
     benchmark.flops_of(net, torch.zeros(1, 17, 16, 16), torch.ones(1, dtype=torch.long))
     assert before == [module.__dict__ for module in net.modules()]
@@ -428,7 +429,7 @@ def test_the_layout_of_small_images_is_changed_by_groupnorm_and_only_where_it_is
 def test_the_x_ray_is_embedded_at_every_pass_where_that_is_what_is_timed():
     """EmbedsEveryPass gives the same masks by one embedding more a pass."""
     cfg, embedded = tiny(ddim_steps=3), []
-    model = config.build_model(cfg)
+    model = networks.build_model(cfg)
     model.embedder.register_forward_hook(lambda *_: embedded.append(1))
     y = torch.zeros(2, 1, 16, 16)
     once = evaluate.sample_masks(model, cfg, y, [0, 1])
@@ -490,7 +491,7 @@ def test_what_a_mask_costs_is_counted_pass_by_pass_and_timed_for_each_model(monk
     flop = {name: row["flop"] for name, row in rows.items()}
     names = ("1 x DDIM-1", "1 x DDIM-5", "1 x DDIM-50", "9 x DDIM-3")
     one, five, fifty, nine = (flop[f"diffusion, {name}"] for name in names)
-    net = config.build_model(cfg).unet
+    net = networks.build_model(cfg).unet
     t = torch.ones(1, dtype=torch.long)
     a_pass = benchmark.flops_of(net, torch.zeros(1, 17, 32, 32), t)
     assert one == flop["report-unet"] > a_pass
@@ -648,11 +649,11 @@ def test_the_comparison_has_a_row_for_each_network_that_fits(monkeypatch):
     monkeypatch.setattr(benchmark, "peak_memory", peak_memory)
     rows = benchmark.compare(tiny(precision="bf16"), CPU, 1)
     assert [row["network"] for row in rows] == ["here, bf16", "here, fp32", "diffusers"]
-    ours = config.parameters(config.without_memory(tiny(task="synthesis", cond=None)))
+    ours = networks.parameters(networks.without_memory(tiny(task="synthesis", cond=None)))
     assert [row["parameters"] for row in rows] == [ours, ours, 10]
     assert all(row["step"] > 0 and row["sampling"] > 0 and row["memory"] == 1e9 for row in rows)
-    networks = [("ConditionalUNet", p, 8) for p in ("bf16", "fp32")]
-    assert set(precisions) == {*networks, ("OneConvolution", "fp32", 8)}
+    rows = [("ConditionalUNet", p, 8) for p in ("bf16", "fp32")]
+    assert set(precisions) == {*rows, ("OneConvolution", "fp32", 8)}
     assert memory == [benchmark.training_job] * 2 + [benchmark.peer_training_job]
 
 
@@ -679,7 +680,7 @@ def test_a_peers_step_learns_eq7(monkeypatch):
 
 def embedder_flops(cfg):
     """Of one X-ray through the RRDBs: their 3x3 convolutions, each at the size of the image."""
-    layers = config.build_model(cfg).embedder.modules()
+    layers = networks.build_model(cfg).embedder.modules()
     kernels = [layer.weight.numel() for layer in layers if isinstance(layer, nn.Conv2d)]
     return 2 * sum(kernels) * cfg.image_size**2
 

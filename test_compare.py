@@ -10,11 +10,11 @@ import torch
 
 import benchmark
 import compare
-import config
 import data
 import evaluate
 import fullsize
 import intervals
+import networks
 from console import UserError
 from data import CLASSES
 from metrics import Counts
@@ -285,7 +285,7 @@ def test_bad_input_is_one_line_and_status_2(lung_run, words, changes, message, c
     """The rule and the offending value."""
     if changes:
         cfg = dataclasses.replace(compare.runs.load_run(lung_run)[1], **changes)
-        weights = config.build_model(cfg).state_dict()
+        weights = networks.build_model(cfg).state_dict()
         state = {"config": dataclasses.asdict(cfg), "step": 4, "ema": weights}
         torch.save(state, lung_run / "last.pt")
     study, *rest = words.format(run=lung_run).split()

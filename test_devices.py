@@ -18,10 +18,12 @@ import data
 import devices
 import diffusion
 import evaluate
+import networks
 import runs
 import score
 import train
 import unet
+from conditional import ConditionalUNet
 from console import UserError
 from testing import (
     CPU,
@@ -44,7 +46,7 @@ from testing import (
 def test_channels_last_changes_a_mask_by_rounding_alone():
     """The layout for sampling on a CPU is that of a copy; the trained model stays as it is."""
     cfg = tiny(ddim_steps=3)
-    model = shake(config.build_model(cfg)).requires_grad_(False)
+    model = shake(networks.build_model(cfg)).requires_grad_(False)
     copy, y = devices.laid_out(model, CPU), data.to_float(split(3).images)
     assert copy.unet.stem.weight.is_contiguous(memory_format=torch.channels_last)
     assert model.unet.stem.weight.is_contiguous()
@@ -56,7 +58,7 @@ def test_channels_last_changes_a_mask_by_rounding_alone():
 def test_weights_cast_to_16_bits_once_give_the_masks_of_weights_cast_at_every_pass(monkeypatch):
     """Bit for bit. No layer of the U-Net is cast in a pass but the head's convolution."""
     cfg = tiny(ddim_steps=3, precision="bf16")
-    model = shake(config.build_model(cfg)).requires_grad_(False)
+    model = shake(networks.build_model(cfg)).requires_grad_(False)
     images, seen = split(3).images, set()
 
     def weights(layer, args):
@@ -153,7 +155,7 @@ def test_a_step_waits_for_no_copy_and_reads_nothing_back(objective, target, monk
     exact = score.sent
     for module in (batches, score):
         monkeypatch.setattr(module, "sent", lambda x, device: sent.append(x) or exact(x, device))
-    model, loss = config.without_memory(cfg), train.loss_of(cfg)
+    model, loss = networks.without_memory(cfg), train.loss_of(cfg)
     diffusion.schedule(cfg.T, cfg.shift, META)
     with Copies() as copies:
         batch = batches.batch(cfg, 1, images, masks)
@@ -180,7 +182,7 @@ def test_sec21_no_float64_goes_to_the_device(objective):
     """The real-valued t of the SDE and its coefficients are float64 on the CPU alone."""
     cfg = tiny(objective=objective)
     images = torch.empty(8, 1, 16, 16, dtype=torch.uint8, device=META)
-    model, loss = config.without_memory(cfg), train.loss_of(cfg)
+    model, loss = networks.without_memory(cfg), train.loss_of(cfg)
     with NoFloat64():
         for part in batches.batch(cfg, 1, images, images).parts(3):
             loss(model, part).backward()
@@ -199,7 +201,7 @@ def test_the_schedule_is_on_the_device_but_where_that_has_no_float64():
 def test_a_sampler_waits_for_no_copy_and_reads_nothing_back(eta):
     """DDIM: the coefficients of every step are on the device already."""
     cfg = tiny(ddim_steps=4, eta=eta, target="v")
-    model, s = config.without_memory(cfg), diffusion.schedule(cfg.T, cfg.shift, META)
+    model, s = networks.without_memory(cfg), diffusion.schedule(cfg.T, cfg.shift, META)
     eps_model = evaluate.eps_model_of(model, cfg, s, CPU)
     y = torch.empty(2, 1, 16, 16, device=META)
     with Copies() as copies:
@@ -229,7 +231,7 @@ def test_sec32_blocks_computed_again_keep_their_inputs_and_nothing_else():
         8: [576, 768, 768, 1536, 1536, 1344],
     }
     cfg = tiny(task="synthesis", cond=None, image_size=64)
-    model = unet.ConditionalUNet(None, channels=24, head_channels=8)
+    model = ConditionalUNet(None, channels=24, head_channels=8)
     unet.recompute_blocks(model, True)
     numbers = sum(side**2 * sum(channels) // 8 for side, channels in enter.items())
     numbers += 64 * 64  # x_t, for the first convolution
@@ -281,7 +283,7 @@ def report_memory():
         group_norm_as_on_cuda(patch, FakeTensor)
         patch.setattr(unet, "attend", F.scaled_dot_product_attention)  # a CPU's, of few positions
         patch.setattr(diffusion, "schedule", diffusion.schedule.__wrapped__)  # keeps no fake
-        model, measured = config.build_model(cfg), {}
+        model, measured = networks.build_model(cfg), {}
         for recompute in (False, True):
             unet.recompute_blocks(model, recompute)
             kept = devices.kept_for_backward(model, cfg, CPU)

@@ -14,6 +14,7 @@ import data
 import diffusion
 import evaluate
 import metrics
+import networks
 import score
 from testing import CPU, SIZES, Oracle, shake, split, tiny
 
@@ -80,7 +81,7 @@ def test_eta_is_that_of_ddim_and_comes_from_the_command_line():
     """--set eta=0.7: the masks are those of ddim_sample with eta = 0.7, and others than with 0."""
     words = f"--task lung {SIZES} --ddim-steps 4 --set channels=4 eta=0.7"
     cfg = config.configure(config.parse(words.split()), CPU)
-    model, y = shake(config.build_model(cfg)), data.to_float(split(2).images)
+    model, y = shake(networks.build_model(cfg)), data.to_float(split(2).images)
     found = evaluate.sample_masks(model, cfg, y, [3, 8])[:, 0]
     s = diffusion.schedule(cfg.T, cfg.pixel_shift)
     eps_model = evaluate.eps_model_of(model, cfg, s, CPU)
@@ -108,7 +109,7 @@ def test_the_corrector_has_the_signal_to_noise_ratio_of_its_paper(monkeypatch):
 def test_sec44_the_mask_of_a_supervised_network_is_its_probability():
     """2 p - 1 in [-1, 1], above 0 where p is above 1/2; one pass an image, whatever the index."""
     cfg, passed = tiny(model="unet", cond=None), []
-    model, y = config.build_model(cfg), data.to_float(split(3).images)
+    model, y = networks.build_model(cfg), data.to_float(split(3).images)
     found = evaluate.sample_masks(model, cfg, y, [5, 6, 7], progress=passed.append)
     torch.testing.assert_close(found, (2 * model(y).sigmoid() - 1)[:, None])
     assert passed == [3] and evaluate.passes_of(cfg) == 1 and found.shape == (3, 1, 1, 16, 16)
@@ -138,7 +139,7 @@ def test_every_run_evaluates_the_same_images_and_starts_from_the_same_x_T():
 def test_an_ensemble_is_the_mean_of_its_members_and_the_first_member_is_the_single_mask():
     """Amit et al.: average, then threshold."""
     cfg, images = tiny(ddim_steps=3), split(3).images
-    model, y = shake(config.build_model(cfg)), data.to_float(images)
+    model, y = shake(networks.build_model(cfg)), data.to_float(images)
     members = evaluate.sample_masks(model, cfg, y, [0, 1, 2], 4)
     assert members.shape == (3, 4, 1, 16, 16) and members.std(1).mean() > 0.01
     of_four = dataclasses.replace(cfg, ensemble=4)
@@ -151,7 +152,7 @@ def test_an_ensemble_is_the_mean_of_its_members_and_the_first_member_is_the_sing
 def test_an_evaluation_does_not_depend_on_the_batch_size(monkeypatch):
     """The same masks, to rounding, for batches of 1, 3 and all: noise belongs to the image."""
     cfg, images = tiny(eval_images=7, ensemble=2, eta=0.5, ddim_steps=4), split(9).images
-    model, rows, masks = shake(config.build_model(cfg)), evaluate.evaluated_rows(9, 7), []
+    model, rows, masks = shake(networks.build_model(cfg)), evaluate.evaluated_rows(9, 7), []
     for size in (1, 3, 7):
 
         def in_chunks(function, rows, *_, size=size):
@@ -186,7 +187,7 @@ def test_what_an_ensemble_says_about_the_share_is_what_its_masks_say(task, monke
     Infections: as a share of the lungs, of the rows that are evaluated.
     """
     cfg, val = tiny(task=task, eval_images=5, ensemble=3, ddim_steps=4), split(9, 1)
-    model, rows = shake(config.build_model(cfg)), evaluate.evaluated_rows(9, 5)
+    model, rows = shake(networks.build_model(cfg)), evaluate.evaluated_rows(9, 5)
     asked = []
     monkeypatch.setattr(data, "load", lambda *_, masks, **how: asked.append(masks) or split(9, 2))
     report, _ = evaluate.evaluate_masks(model, cfg, {"Val": val}, CPU)
@@ -214,7 +215,7 @@ def no_samples(model, cfg, index, *_):
 def test_sec3_every_run_is_measured_by_eq7_at_the_same_t_and_eps():
     """However a run was trained, one network has one loss: t uniform, one noise, the same draws."""
     synthesis = dict(task="synthesis", cond=None)
-    model = shake(config.build_model(tiny(**synthesis)))
+    model = shake(networks.build_model(tiny(**synthesis)))
 
     def loss(**how):
         return evaluate.eq7_loss(model, tiny(**synthesis, **how), split(40), CPU)["loss"]
@@ -282,7 +283,7 @@ def test_sec3_samples_are_compared_with_one_half_of_the_held_out_images(monkeypa
     monkeypatch.setattr(metrics, "image_features", as_bytes)
     monkeypatch.setattr(metrics, "frechet_distance", lambda *pair: pairs.append(pair) or len(pairs))
     cfg = tiny(task="synthesis", cond=None)
-    model = config.build_model(cfg)
+    model = networks.build_model(cfg)
     found, samples = evaluate.distances_to_held_out(model, cfg, held_out, CPU)
     (ours, reference), (others, again) = pairs
     assert list(found.values()) == [1, 2] and "halves" in list(found)[1] and again == reference
@@ -306,7 +307,7 @@ def test_an_evaluation_passes_as_many_images_as_are_foreseen(monkeypatch):
     images = tiny(task="synthesis", cond=None, eval_images=6, ddim_steps=3)
     measures = (evaluate.evaluate_masks, evaluate.evaluate_images)
     for cfg, measure, expected in zip((masks, images), measures, ((6 + 5) * 3 * 2, 2 * 3)):
-        passed, model = [], config.build_model(cfg)
+        passed, model = [], networks.build_model(cfg)
         measure(model, cfg, splits, CPU, passed.append)
         assert sum(passed) == evaluate.images_sampled(cfg, sizes) == expected
 

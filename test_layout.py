@@ -15,8 +15,10 @@ ROOT = Path(__file__).resolve().parent
 LEVELS = [  # a module imports project modules of lower levels only
     {"diffusion", "rrdb", "metrics", "console", "figures", "peers"},
     {"unet", "score", "data", "probes"},
-    {"ambiguous", "baselines", "batches", "devices", "fullsize", "patches", "pairs"},
+    {"ambiguous", "batches", "conditional", "devices", "fullsize", "pairs"},
+    {"baselines", "patches"},
     {"config", "phantoms"},
+    {"networks"},
     {"evaluate", "runs"},
     {"train", "sample", "intervals"},
     {"studies", "benchmark"},
@@ -201,7 +203,7 @@ PURPOSES = {  # each function that begins a stream of random numbers: what it na
     "diffusion.seed_of": set(),
     "batches.generator": set(),
     "compare.rows_of_dice": {"BOOTSTRAP"},
-    "config.build_model": set(),  # these three have the seed alone
+    "networks.build_model": set(),  # these three have the seed alone
     "evaluate.evaluated_rows": set(),
     "evaluate.distances_to_held_out": set(),
     "diffusion.l_simple": set(),  # a draw of no seed, where t or eps is not given

@@ -8,11 +8,12 @@ import baselines
 import config
 import diffusion
 import evaluate
+import networks
 import score
 import train
+from conditional import CONDITIONINGS, ConditionalUNet, begin_as_addition
 from patches import PatchedUNet, PatchUNet, patch_of, positions_of, to_patches, to_pixels
 from testing import CPU, SIZES, shake, tiny
-from unet import CONDITIONINGS, ConditionalUNet, begin_as_addition
 
 TINY = dict(channels=8, channel_mult=(1, 2), blocks=1, attention_at=(4,), head_channels=8)
 
@@ -97,7 +98,7 @@ def test_up_to_64x64_nothing_is_patched_and_above_the_weights_hardly_grow(words)
 
     def build(size):
         text = f"{task}{words} --size small --recipe best --image-size {size}"
-        return config.build_model(config.configure(config.parse(text.split()), CPU))
+        return networks.build_model(config.configure(config.parse(text.split()), CPU))
 
     small, large = build(64), build(256)
     assert type(small) in (ConditionalUNet, baselines.UNet2015)
@@ -107,7 +108,7 @@ def test_up_to_64x64_nothing_is_patched_and_above_the_weights_hardly_grow(words)
     assert sizes.keys() == {name for name, _ in small.named_parameters()}
     grown = [name for name, p in small.named_parameters() if sizes[name] != p.shape]
     assert grown and all(any(part in name for part in wider) for name in grown), grown
-    more = config.parameters(large) / config.parameters(small)
+    more = networks.parameters(large) / networks.parameters(small)
     assert 1 < more < 1.01
 
 

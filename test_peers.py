@@ -9,6 +9,7 @@ from torch import nn
 
 import config
 import evaluate
+import networks
 import peers
 import unet
 from testing import CPU, tiny
@@ -24,10 +25,10 @@ def test_a_peer_takes_our_images_and_has_nearly_our_parameters(name):
     """
     pytest.importorskip(peers.PEERS[name])
     cfg = tiny(**UNCONDITIONAL, channels=16, image_size=32)
-    peer, ours = peers.Peer(name, cfg), config.build_model(cfg)
+    peer, ours = peers.Peer(name, cfg), networks.build_model(cfg)
     x, t = torch.randn(2, 1, 32, 32), torch.tensor([1, 1000])
     assert peer(x, t).shape == ours(x, t).shape
-    ratio = config.parameters(peer) / config.parameters(ours)
+    ratio = networks.parameters(peer) / networks.parameters(ours)
     assert 0.5 < ratio < 2 and (name == "denoising-diffusion-pytorch" or ratio == 1)
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+import networks
+
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 FILES = [ROOT / "README.md", ROOT / "weights/README.md", *sorted(RESULTS.glob("**/README.md"))]
@@ -129,8 +131,8 @@ def test_ci_runs_the_test_command_of_the_readme(tmp_path):
 
 def test_the_shelves_hold_every_module():
     """The list of files, beside the files."""
-    listed = re.findall(r"\b([a-z]+)\.py\b", "\n".join(code(section(README, "Files"))))
-    assert set(listed) == MODULES
+    listed = re.findall(r"\b([a-z_]+)\.py\b", "\n".join(code(section(README, "Files"))))
+    assert set(listed) - {"test_layout"} == MODULES
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -211,7 +213,7 @@ def accept_training(arguments):
     if args.resume:
         assert changed(args) <= {"resume", "data", "device", "test", *config.RESUMABLE}
     else:
-        config.describe(config.configure(args, CPU))
+        networks.describe(config.configure(args, CPU))
 
 
 @pytest.mark.parametrize("arguments", commands("train.py"))

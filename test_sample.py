@@ -18,10 +18,11 @@ import evaluate
 import figures
 import fullsize
 import metrics
+import networks
 import runs
 import sample
+from conditional import ConditionalUNet
 from testing import CPU
-from unet import ConditionalUNet
 
 S = 16  # the network's image size
 
@@ -39,7 +40,7 @@ def write_run(folder, cfg):
 
     Every weight is random, so that the mask depends on the X-ray and on x_T.
     """
-    model = config.build_model(cfg)
+    model = networks.build_model(cfg)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)

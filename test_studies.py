@@ -12,6 +12,7 @@ from PIL import Image
 import config
 import data
 import evaluate
+import networks
 import phantoms
 import studies
 from console import UserError
@@ -148,7 +149,7 @@ def bright_images(n, seed):
 
 def random_network(cfg):
     """The network of a configuration, whose zero-initialised layers are random too."""
-    model = config.build_model(cfg)
+    model = networks.build_model(cfg)
     for p in model.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     return model.eval().requires_grad_(False)
@@ -165,7 +166,7 @@ def test_sec41_a_probe_reads_the_middle_half_of_the_decoder_at_three_steps(monke
 
     monkeypatch.setattr(studies.probes, "features", features)
     for draw in (0, 0, 1):
-        learned = studies.probe(config.build_model(cfg), cfg, x, positive, draw, CPU, members=1)
+        learned = studies.probe(networks.build_model(cfg), cfg, x, positive, draw, CPU, members=1)
         learned(x)
     assert all(eps.shape == (4, 1, SIDE, SIDE) for eps in noises)
     first, again, same, _, other, _ = noises
@@ -260,7 +261,7 @@ def run(tmp_path):
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         cfg = settings(**changes)
-        weights = config.build_model(cfg).state_dict()
+        weights = networks.build_model(cfg).state_dict()
         state = {"config": dataclasses.asdict(cfg), "step": 7, "ema": weights}
         torch.save(state, folder / "last.pt")
         return str(folder)

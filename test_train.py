@@ -12,11 +12,11 @@ import torch
 
 import baselines
 import batches
-import config
 import data
 import devices
 import diffusion
 import evaluate
+import networks
 import phantoms
 import runs
 import score
@@ -246,11 +246,11 @@ def test_one_step_is_one_update_and_the_average_follows_it():
 
 
 def test_a_run_begins_with_the_weights_of_its_seed():
-    """The network and its average: those of config.build_model, others for another seed."""
+    """The network and its average: those of networks.build_model, others for another seed."""
     stems = []
     for seed in (0, 1):
         trainer = train.Trainer(tiny(seed=seed), CPU)
-        expected = config.build_model(tiny(seed=seed))
+        expected = networks.build_model(tiny(seed=seed))
         for model in (trainer.model, trainer.ema):
             for a, b in zip(model.parameters(), expected.parameters(), strict=True):
                 assert torch.equal(a, b)

@@ -36,6 +36,7 @@ import config
 import devices
 import diffusion
 import evaluate
+import networks
 import runs
 import score
 from console import StatusLine, Stopped, StopSignals, UserError, clock, exit_status, message
@@ -78,7 +79,7 @@ class Trainer:
     def __init__(self, cfg, device):
         self.cfg, self.device, self.step = cfg, device, 0
         self.loss = loss_of(cfg)
-        self.model = config.build_model(cfg).to(device, memory_format=devices.layout(cfg.plan))
+        self.model = networks.build_model(cfg).to(device, memory_format=devices.layout(cfg.plan))
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         parameters, decay = self.model.parameters(), cfg.weight_decay
         self.optimizer = torch.optim.AdamW(parameters, cfg.lr, weight_decay=decay, fused=True)
@@ -306,9 +307,9 @@ def dry_run(args, cfg, path, step, device):
     """What the run would be, in lines: settings, images, steps and time. Nothing is written."""
     where, sizes = runs.images_found(args, cfg)
     cfg = dataclasses.replace(runs.with_steps(cfg, sizes["Train"]), data="")
-    lines = [f"{path} on {device}", config.describe(cfg, words=True), f"  data             {where}"]
-    lines.append(runs.describe_sizes(cfg, sizes))
-    if much := devices.shortage(config.without_memory(cfg), cfg, device):
+    lines = [f"{path} on {device}", networks.describe(cfg, words=True)]
+    lines += [f"  data             {where}", runs.describe_sizes(cfg, sizes)]
+    if much := devices.shortage(networks.without_memory(cfg), cfg, device):
         return "\n".join([*lines, f"  time             not measured: {much}"])
     each = seconds_a_step(cfg, device)
     sizes.pop("Test", None)  # it is evaluated once
@@ -328,13 +329,13 @@ def start(args, command):
         message(dry_run(args, cfg, path, step, device))
         return 0
     if not checkpoint:  # the numbers of a resumed run are in memory already
-        much = devices.shortage(config.without_memory(cfg), cfg, device)
+        much = devices.shortage(networks.without_memory(cfg), cfg, device)
         config.refuse(much, much)
     cfg, splits = runs.load_splits(args, cfg, checkpoint, path)
     test = {"Test": splits.pop("Test")} if args.test else {}
     processes = f", {devices.world()} processes" if devices.world() > 1 else ""
     sizes = {name: len(split.images) for name, split in splits.items()}
-    message(f"{path} on {device}{processes}\n{config.describe(cfg)}")
+    message(f"{path} on {device}{processes}\n{networks.describe(cfg)}")
     message(runs.describe_sizes(cfg, sizes))
 
     with devices.locked(path):

@@ -1,4 +1,4 @@
-r"""The noise-predicting U-Net of §3.2, and the same network conditioned on an X-ray (§4.2).
+r"""The noise-predicting U-Net of §3.2. conditional.py joins an X-ray to it (§4.2).
 
 report                   here                 shape
 x_t                      xt                   (B, C_in, H, W)
@@ -8,7 +8,6 @@ positional embedding     timestep_embedding   (B, channels)
 Residual Block           ResidualBlock        (B, C, H, W), emb -> (B, C', H', W')
 Linear Attention Layer   LinearAttention      (B, C, H, W) -> (B, C, H, W)
 eps_theta(x_t, t)        UNet                 (B, C_in, H, W), t -> (B, C_out, H, W)
-eps_theta(x_t, y, t)     ConditionalUNet      the U-Net, fed with RRDB(y): added, concatenated, ...
 
 The report's prose simplifies the network of [14] and [6]. This file has that network to the last
 parameter (217,859,905 at one input channel): the last level does not downsample, the decoder has
@@ -22,8 +21,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-
-from rrdb import ConditionEmbedder
 
 
 def timestep_embedding(t, dim):
@@ -365,86 +362,3 @@ def check_sizes(channels, widths, resolutions, attention_at, head_channels, imag
         if width % head_channels:
             rule = f"divide the {width} channels that have attention"
             raise ValueError(f"head_channels must {rule}, got {head_channels}")
-
-
-CONDITIONINGS = ("add", "lift", "concat", "none", "cross")
-
-
-class ConditionalUNet(nn.Module):
-    """eps_theta(x_t, y, t) of §4.2: the U-Net, and how the X-ray y enters it.
-
-    cond          U-Net sees                            input channels
-    "add"         x_t + RRDB(y), x_t on every channel   16
-    "lift"        conv(x_t) + RRDB(y), as SegDiff [1]   16
-    "concat"      [x_t, RRDB(y)]                        17
-    "none"        [x_t, y], no embedder                 2
-    "cross"       x_t, and RRDB(y) by cross-attention   1
-    None          x_t alone: unconditional, §3          1
-
-    features, growth, rrdbs, segdiff  of the embedder (rrdb.py); the rest as UNet
-    image_channels                    C of x_t, y and the answer: 1, but in patches.py
-    """
-
-    def __init__(
-        self,
-        cond,
-        features=16,
-        growth=32,
-        rrdbs=1,
-        segdiff=False,
-        image_size=64,
-        image_channels=1,
-        **unet,
-    ):
-        super().__init__()
-        if cond not in (*CONDITIONINGS, None):
-            raise ValueError(f"cond must be one of {CONDITIONINGS} or None, got {cond!r}")
-        self.cond, self.patch, C = cond, patch_side(image_size), image_channels
-        self.embedder = None
-        if cond in ("add", "lift", "concat", "cross"):
-            self.embedder = ConditionEmbedder(C, features, growth, rrdbs, segdiff)
-        of_cond = dict(add=features, lift=features, concat=C + features, none=2 * C)
-        in_channels = of_cond.get(cond, C)  # x_t alone by cross-attention, or without a condition
-        tokens = features * self.patch**2 if cond == "cross" else 0
-        self.unet = UNet(in_channels, C, image_size=image_size, context_channels=tokens, **unet)
-        self.lift = nn.Conv2d(C, features, 3, padding=1) if cond == "lift" else None
-
-    def embed(self, y):
-        """What the U-Net needs of the X-ray y, once for all steps: RRDB(y), y itself, or None."""
-        return y if self.embedder is None else self.embedder(y)
-
-    def denoise(self, xt, t, e):
-        """One pass of the U-Net at x_t, given e = embed(y)."""
-        if self.cond is None:
-            return self.unet(xt, t)
-        if self.cond == "add":
-            return self.unet(xt + e, t)  # (B, 1, H, W) + (B, 16, H, W)
-        if self.cond == "lift":
-            return self.unet(self.lift(xt) + e, t)
-        if self.cond == "cross":
-            return self.unet(xt, t, F.pixel_unshuffle(e, self.patch))
-        return self.unet(torch.cat([xt, e], 1), t)
-
-    def forward(self, xt, t, y=None):
-        """xt (B, 1, H, W), t (B,) int64, y (B, 1, H, W) in [-1, 1] or None -> (B, 1, H, W)."""
-        return self.denoise(xt, t, self.embed(y))
-
-
-def patch_side(image_size):
-    """Side, in pixels, of the patches of the X-ray that "cross" makes tokens of.
-
-    It divides the image's side, and is at most a sixteenth of it (or 1).
-    """
-    return max(s for s in range(1, max(2, image_size // 16 + 1)) if image_size % s == 0)
-
-
-def begin_as_addition(model):
-    """Makes the first convolution of a fresh "concat" network that of a fresh "add" network.
-
-    Concatenation contains addition as a special case: the kernel of x_t is the sum of the kernels
-    of the embedding's channels. Without this, x_t's kernel is as small as one channel's of RRDB(y).
-    """
-    stem, features = model.unet.stem, model.embedder.lift.out_channels
-    kernels = nn.Conv2d(features, stem.out_channels, 3).weight.detach()  # as "add" draws them
-    of_xt = kernels.unflatten(1, (-1, stem.in_channels - features)).sum(1)
-    stem.weight.data = torch.cat([of_xt, kernels], 1)

@@ -1,0 +1,167 @@
+"""§4.2: how the condition enters the U-Net."""
+
+import re
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import conditional
+import diffusion
+from conditional import ConditionalUNet
+from rrdb import ConditionEmbedder
+from test_unet import SMALL, awake, batch, changed, close, parameters_of, randn
+from unet import CrossAttention
+
+CONDITIONINGS = [*conditional.CONDITIONINGS, None]
+
+
+def small(cond, **options):
+    return awake(ConditionalUNet(cond, growth=4, **SMALL | options))
+
+
+@pytest.mark.parametrize("cond", CONDITIONINGS)
+def test_eq7_an_untrained_network_answers_0_and_its_loss_is_1(cond):
+    """The head starts at 0, so L_simple starts at E eps^2 = 1: 16,384 draws, 5 standard errors."""
+    net = ConditionalUNet(cond, growth=4, **SMALL)
+    x0 = torch.zeros(64, 1, 16, 16)
+    y = None if cond is None else randn(64, 1, 16, 16)
+    assert not net(x0[:2] + 1, torch.tensor([1, 1000]), None if y is None else y[:2]).any()
+    s, eps = diffusion.linear_schedule(), randn(*x0.shape, seed=3)
+    with torch.no_grad():
+        loss = diffusion.l_simple(s, net, x0, y, eps=eps)
+    assert loss.item() == pytest.approx(1, abs=5 * (2 / x0.numel()) ** 0.5)
+
+
+@pytest.mark.parametrize("cond", CONDITIONINGS)
+def test_sec32_every_parameter_receives_a_gradient(cond):
+    """No layer is built and not used, for any way of conditioning."""
+    net = small(cond)
+    xt, t, y = batch()
+    net(xt, t, y).square().sum().backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() >= 1e-6, name
+
+
+@pytest.mark.parametrize("cond", CONDITIONINGS)
+def test_sec32_a_batch_of_two_is_two_batches_of_one(cond):
+    """No image sees another, nor another's t or y."""
+    net = small(cond)
+    xt, t, y = batch()
+    with torch.no_grad():
+        one_by_one = torch.cat([net(xt[[i]], t[[i]], y[[i]]) for i in range(2)])
+        close(net(xt, t, y), one_by_one, rel=1e-4, abs=1e-4 * one_by_one.abs().max())
+
+
+def test_sec42_what_the_unet_is_given():
+    """add: x_t on every channel of RRDB(y); lift: its convolution; concat: x_t, then RRDB(y).
+
+    none: x_t, then y; cross and None: x_t alone.
+    """
+    channels = {"add": 16, "lift": 16, "concat": 17, "none": 2, "cross": 1, None: 1}
+    xt, t, y = batch()
+    for cond in CONDITIONINGS:
+        net, seen = small(cond), []
+        net.unet.stem.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+        with torch.no_grad():
+            net(xt, t, y)
+            e = net.embedder(y) if cond in ("add", "lift", "concat") else y
+        got = seen[0]
+        assert got.shape[1] == channels[cond]
+        if cond == "add":
+            assert all(torch.equal(got[:, [i]], xt + e[:, [i]]) for i in range(16))
+        elif cond == "lift":
+            lifted = F.conv2d(xt, net.lift.weight, net.lift.bias, padding=1)
+            close(got, e + lifted, rel=1e-5, abs=1e-5)
+        else:
+            assert torch.equal(got[:, :1], xt)
+            assert cond in ("cross", None) or torch.equal(got[:, 1:], e)
+
+
+def test_sec42_the_embedder_is_the_rrdb_where_there_is_one():
+    """Report size: 16 features of growth 32; none and None carry no embedder."""
+    for cond in CONDITIONINGS:
+        with torch.device("meta"):
+            net = ConditionalUNet(cond)
+        embedder = 0 if cond in ("none", None) else parameters_of(ConditionEmbedder())
+        lift = 16 * 9 + 16 if cond == "lift" else 0
+        assert parameters_of(net) - parameters_of(net.unet) == embedder + lift
+    segdiff = ConditionalUNet("add", rrdbs=2, segdiff=True, **SMALL).embedder
+    report = ConditionEmbedder(blocks=2)
+    assert parameters_of(segdiff) == parameters_of(report)
+    assert (segdiff.blocks[1].scale, report.blocks[1].scale) == (0.2, 1)
+
+
+@pytest.mark.parametrize("cond", CONDITIONINGS)
+def test_sec42_the_xray_matters_where_it_is_a_condition(cond):
+    """Another y changes the answer, image by image; without conditioning y may be missing."""
+    net = small(cond)
+    xt, t, y = batch()
+    with torch.no_grad():
+        answer, other = net(xt, t, y), net(xt, t, torch.cat([y[:1], -y[1:]]))
+        if cond is None:
+            assert torch.equal(answer, net(xt, t))
+        else:
+            assert changed(answer[0], other[0]) < 1e-4 and changed(answer[1], other[1]) > 1e-3
+
+
+@pytest.mark.parametrize("cond", CONDITIONINGS)
+def test_sec42_embedding_once_and_denoising_is_the_forward_pass(cond):
+    """denoise(x_t, t, embed(y)) is forward(x_t, t, y), and embed does not look at x_t or t."""
+    net = small(cond)
+    xt, t, y = batch()
+    with torch.no_grad():
+        e = net.embed(y)
+        for shift in (0, 1):
+            assert torch.equal(net.denoise(xt + shift, t + shift, e), net(xt + shift, t + shift, y))
+
+
+def test_sec42_addition_is_a_special_case_of_concatenation():
+    """Give x_t the sum of addition's 16 kernels, the features the kernels: the same network."""
+    add, concat = small("add"), small("concat")
+    weights = add.state_dict()
+    kernel = weights["unet.stem.weight"]
+    weights["unet.stem.weight"] = torch.cat([kernel.sum(1, keepdim=True), kernel], 1)
+    concat.load_state_dict(weights)
+    xt, t, y = batch()
+    with torch.no_grad():
+        answer = add(xt, t, y)
+        close(concat(xt, t, y), answer, rel=1e-3, abs=1e-4 * answer.abs().max())
+
+
+def test_sec42_concatenation_can_begin_as_addition():
+    """x_t's kernel is the sum of the 16 others.
+
+    It has 17 times the variance that concatenation draws it with.
+    """
+    net = ConditionalUNet("concat", **SMALL | dict(channels=240))
+    own = net.unet.stem.weight.detach().clone()
+    conditional.begin_as_addition(net)
+    from_add = net.unet.stem.weight.detach()
+    close(from_add[:, 0], from_add[:, 1:].sum(1), rel=1e-5, abs=1e-6)
+    assert float(own[:, 0].var() / own[:, 1:].var()) == pytest.approx(1, rel=0.15)
+    assert float(from_add[:, 0].var() / own[:, 0].var()) == pytest.approx(17, rel=0.15)
+
+
+def test_sec4_cross_attention_sees_the_embedding_patch_by_patch():
+    """32x32 images: a token is one of 16x16 patches of 2x2.
+
+    A pixel of the embedding changes its own token alone.
+    """
+    net = small("cross", image_size=32, attention_at=(16,))
+    layer, seen = next(m for m in net.modules() if isinstance(m, CrossAttention)), []
+    layer.register_forward_pre_hook(lambda m, a: seen.append(a[1]))
+    xt, t, _ = batch(1, 32)
+    e = randn(1, 16, 32, 32)
+    spot = e.clone()
+    spot[0, 3, 10, 21] += 1
+    with torch.no_grad():
+        net.denoise(xt, t, e), net.denoise(xt, t, spot)
+    assert seen[0].shape == (1, 64, 16, 16)
+    assert (seen[0] != seen[1]).any(1).nonzero().tolist() == [[0, 5, 10]]
+
+
+def test_sec42_an_unknown_conditioning_is_refused_in_words():
+    refusal = "one of ('add', 'lift', 'concat', 'none', 'cross') or None, got 'film'"
+    with pytest.raises(ValueError, match=re.escape(refusal)):
+        ConditionalUNet("film", **SMALL)
