@@ -12,8 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import conditions
 import data
 import score
+from conditions import Given
 from diffusion import Purpose, seed_of
 from score import sent
 
@@ -22,18 +24,25 @@ class Batch(NamedTuple):
     """B images.
 
     x0   (B, 1, S, S) in [-1, 1]: what is noised, an X-ray (§3) or a mask (§4.1)
-    y    (B, 1, S, S) in [-1, 1]: the X-ray that the mask belongs to; None in synthesis
+    y    (B, 1, S, S) in [-1, 1]: the X-ray that the mask belongs to; in synthesis
+         conditions.Given, or None
     t    (B,) and eps (B, 1, S, S), see draws; None for a supervised network
     """
 
     x0: torch.Tensor
-    y: torch.Tensor | None
+    y: torch.Tensor | Given | None
     t: torch.Tensor | None
     eps: torch.Tensor | None
 
     def rows(self, rows):
         """The images of a slice."""
-        return Batch(*(tensor if tensor is None else tensor[rows] for tensor in self))
+
+        def of(x):
+            if isinstance(x, Given):
+                return Given(*map(of, x))
+            return None if x is None else x[rows]
+
+        return Batch(*map(of, self))
 
     def parts(self, n):
         """The batch in micro-batches of at most n images."""
@@ -41,10 +50,17 @@ class Batch(NamedTuple):
 
 
 def batch(cfg, step, images, masks):
-    """The batch of a step (1, 2, ...). images, masks: the whole split, uint8 on the device."""
+    """The batch of a step (1, 2, ...).
+
+    images, masks: the whole split, uint8 on the device. Where images are drawn, `masks` are the
+    conditions of the split (conditions.of_split), or None.
+    """
     rows = sent(batch_indices(cfg, len(images), step), images.device)
     x0, y = data.to_float(images[rows]), None
-    if masks is not None:
+    if isinstance(masks, Given):
+        taken = generator(cfg.seed, Purpose.CONDITIONS, step)
+        y = conditions.some_of(conditions.rows_of(masks, rows, images.device), cfg.drop, taken)
+    elif masks is not None:
         x0, y = data.to_float(masks[rows]), x0
     if cfg.augment:
         y, x0 = augment(y, x0, generator(cfg.seed, Purpose.AUGMENTATION, step), cfg.augment)
@@ -53,6 +69,24 @@ def batch(cfg, step, images, masks):
     t, eps = draws(cfg, step, x0)
     t = sent(t, images.device) if cfg.objective == "eps" else t  # §2.1 reads its t on the CPU
     return Batch(x0, y, t, sent(eps, images.device))
+
+
+def on_device(cfg, split, device):
+    """A data.Split as `batch` takes it: (images, masks) on the device."""
+    images = torch.from_numpy(split.images).to(device)
+    if cfg.task == "synthesis":
+        return images, conditions.of_split(cfg, split, device)
+    return images, torch.from_numpy(split.masks).to(device)
+
+
+def noise_split(cfg, n):
+    """A data.Split of n pictures of noise, where a step is only timed."""
+    M = len(conditions.masks_of(cfg.given)) if cfg.task == "synthesis" else 1
+    pixels = np.random.default_rng(0).integers(0, 256, (1 + M, n, 1, *2 * [cfg.image_size]))
+    images, *masks = pixels.astype(np.uint8)
+    masks = np.concatenate(masks, 1) > 127 if M else None
+    names = n * [f"{data.CLASSES[0]}/noise"]
+    return data.Split(images, np.uint8(255) * masks if M else None, names)
 
 
 # ---------------------------------------- which images

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import baselines
+import batches
 import config
 import console
 import data
@@ -46,6 +47,7 @@ import patches
 import peers
 import phantoms
 import runs
+import synthesis
 import train
 import unet
 from console import Parser, UserError, exit_status, fits, message, path_of, progress_line
@@ -165,13 +167,6 @@ def flops_of_passes(cfg, passes):
 # ---------------------------------------- the jobs
 
 
-def random_split(cfg, n):
-    """n X-rays and masks of noise, uint8 on the CPU: no speed depends on what they show."""
-    g, shape = torch.Generator().manual_seed(0), (n, 1, cfg.image_size, cfg.image_size)
-    images = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
-    return images, (images > 127) * torch.tensor(255, dtype=torch.uint8)
-
-
 def trainer_of(cfg, device):
     """A fresh Trainer that has chosen its micro-batch by the free memory."""
     gc.collect()  # what earlier jobs held
@@ -183,9 +178,8 @@ def trainer_of(cfg, device):
 def training_job(cfg, device, trainer=None, images=None):
     """One call is one step of train.py. By default: a fresh trainer, images for two batches."""
     trainer = trainer_of(cfg, device) if trainer is None else trainer
-    split = random_split(cfg, 2 * cfg.batch_size if images is None else images)
-    xrays, masks = (pixels.to(device) for pixels in split)
-    return partial(trainer.train_step, xrays, None if cfg.task == "synthesis" else masks)
+    split = batches.noise_split(cfg, 2 * cfg.batch_size if images is None else images)
+    return partial(trainer.train_step, *batches.on_device(cfg, split, device))
 
 
 def repeat(job, times):
@@ -216,8 +210,8 @@ def sampling_job(cfg, device, n, model=None):
         model = devices.laid_out(ready(networks.build_model(cfg), device), device)
     model = devices.cast_once(model, cfg)
     if cfg.task == "synthesis":
-        return partial(evaluate.sample_images, model, cfg, range(n), device)
-    y = data.to_float(random_split(cfg, n)[0]).to(device)
+        return partial(synthesis.sample_images, model, cfg, range(n), device)
+    y = data.to_float(batches.noise_split(cfg, n).images).to(device)
     return partial(evaluate.sample_masks, model, cfg, y, range(n), cfg.ensemble, device)
 
 
@@ -287,7 +281,7 @@ def start_up(folder, cfg, device):
 
 def peer_training_job(name, cfg, device, n):
     """Eq. (7) in the plain loop that a peer's manual teaches, n images of the batch at a time."""
-    x0 = data.to_float(random_split(cfg, cfg.batch_size)[0]).to(device)
+    x0 = data.to_float(batches.noise_split(cfg, cfg.batch_size).images).to(device)
     loss = partial(diffusion.l_simple, diffusion.schedule(cfg.T, device=device))
     return peers.plain_loop(name, cfg, loss, device, x0.split(n))
 

@@ -4,12 +4,16 @@ report                   here               shape
 y                        y                  (B, 1, H, W) in [-1, 1], the X-ray of a mask
 RRDB(y)                  e = embed(y)       (B, features, H, W), once for all steps
 eps_theta(x_t, y, t)     ConditionalUNet    x_t, t, y -> (B, 1, H, W)
+
+Where an X-ray is drawn from its class and masks, y is conditions.Given: the masks enter like the
+X-ray of a mask, and the class is added to the time embedding.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from conditions import Given
 from rrdb import ConditionEmbedder
 from unet import UNet
 
@@ -28,7 +32,9 @@ class ConditionalUNet(nn.Module):
     None          x_t alone: unconditional, §3          1
 
     features, growth, rrdbs, segdiff  of the embedder (rrdb.py); the rest as UNet
-    image_channels                    C of x_t, y and the answer: 1, but in patches.py
+    image_channels                    C of x_t and of the answer: 1, but in patches.py
+    y_channels                        of y; None: C
+    classes                           that may be given (conditions.py); 0: none
     """
 
     def __init__(
@@ -40,39 +46,58 @@ class ConditionalUNet(nn.Module):
         segdiff=False,
         image_size=64,
         image_channels=1,
+        y_channels=None,
+        classes=0,
         **unet,
     ):
         super().__init__()
         if cond not in (*CONDITIONINGS, None):
             raise ValueError(f"cond must be one of {CONDITIONINGS} or None, got {cond!r}")
         self.cond, self.patch, C = cond, patch_side(image_size), image_channels
+        C_y = C if y_channels is None else y_channels
         self.embedder = None
         if cond in ("add", "lift", "concat", "cross"):
-            self.embedder = ConditionEmbedder(C, features, growth, rrdbs, segdiff)
-        of_cond = dict(add=features, lift=features, concat=C + features, none=2 * C)
+            self.embedder = ConditionEmbedder(C_y, features, growth, rrdbs, segdiff)
+        of_cond = dict(add=features, lift=features, concat=C + features, none=C + C_y)
         in_channels = of_cond.get(cond, C)  # x_t alone by cross-attention, or without a condition
         tokens = features * self.patch**2 if cond == "cross" else 0
         self.unet = UNet(in_channels, C, image_size=image_size, context_channels=tokens, **unet)
         self.lift = nn.Conv2d(C, features, 3, padding=1) if cond == "lift" else None
+        self.of_class = nn.Embedding(1 + classes, self.unet.emb_channels) if classes else None
 
     def embed(self, y):
-        """What the U-Net needs of the X-ray y, once for all steps: RRDB(y), y itself, or None."""
+        """What the U-Net needs of y, once for all steps: RRDB(y), y itself, or None."""
+        if isinstance(y, Given):
+            of_class = None if y.label is None else self.of_class(y.label)  # (B, 4 channels)
+            return Given(None if y.masks is None else self.embed_image(y.masks), of_class)
+        return None if y is None else self.embed_image(y)
+
+    def embed_image(self, y):
         return y if self.embedder is None else self.embedder(y)
 
     def denoise(self, xt, t, e):
         """One pass of the U-Net at x_t, given e = embed(y)."""
+        e, of_class = e if isinstance(e, Given) else (e, None)
+        xt, context = self.joined(xt, e)
+        return self.unet(xt, t, context, of_class)
+
+    def joined(self, xt, e):
+        """(what the U-Net takes in, the context of its blocks), by the table above."""
         if self.cond is None:
-            return self.unet(xt, t)
+            return xt, None
         if self.cond == "add":
-            return self.unet(xt + e, t)  # (B, 1, H, W) + (B, 16, H, W)
+            return xt + e, None  # (B, 1, H, W) + (B, 16, H, W)
         if self.cond == "lift":
-            return self.unet(self.lift(xt) + e, t)
+            return self.lift(xt) + e, None
         if self.cond == "cross":
-            return self.unet(xt, t, F.pixel_unshuffle(e, self.patch))
-        return self.unet(torch.cat([xt, e], 1), t)
+            return xt, F.pixel_unshuffle(e, self.patch)
+        return torch.cat([xt, e], 1), None
 
     def forward(self, xt, t, y=None):
-        """xt (B, 1, H, W), t (B,) int64, y (B, 1, H, W) in [-1, 1] or None -> (B, 1, H, W)."""
+        """xt (B, 1, H, W), t (B,) int64 -> (B, 1, H, W).
+
+        y: (B, 1, H, W) in [-1, 1], or conditions.Given, or None
+        """
         return self.denoise(xt, t, self.embed(y))
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 
 import baselines
+import conditions
 import devices
 import diffusion
 import patches
@@ -26,7 +27,8 @@ SIZES, RECIPES = ("report", "small"), ("report", "best")
 OBJECTIVES = ("eps", "ncsn", "vp")
 SAMPLERS = ("ddim", "ddpm", "ode", "sde", "pc", "langevin")
 LEAST_PASSES = {"ode": 3, "sde": 2, "pc": 3, "langevin": 11}
-PROTOCOL = ("eval_images", "sampler", "ddim_steps", "eta", "ensemble")  # how an evaluation samples
+# How an evaluation samples
+PROTOCOL = ("eval_images", "sampler", "ddim_steps", "eta", "guidance", "ensemble")
 RESUMABLE = ("steps", "micro_batch", "eval_every", *PROTOCOL)  # what --resume may change
 
 LEARN, IMAGES, TRAINING = "what to learn", "the images", "training"
@@ -55,8 +57,15 @@ class Config:
     model: str = setting("diffusion", "diffusion, or a supervised network: X-ray in, mask out",
                          "§4.4, §4.5", LEARN, choices=MODELS)
     cond: str = setting("concat", "how RRDB(y) enters; lift: x_t convolved first; none: y itself",
-                        "§4.2", LEARN, {"synthesis": None, "published": None}, "network",
-                        choices=CONDITIONINGS)
+                        "§4.2", LEARN,
+                        {"synthesis": None, "synthesis given": "concat", "published": None},
+                        "network", choices=CONDITIONINGS)
+    draw: str = setting("X-rays", "what synthesis draws: X-rays, or masks", "§3, §4",
+                        choices=conditions.DRAWN)
+    given: str = setting("", "what it draws them from: class, lung, infection, joined by +", "§4",
+                         LEARN)
+    drop: float = setting(0.2, "how often some of what is given is taken away", "[8]", least=0,
+                          most=1)
     size: str = setting("report", "of network, batch and evaluation", "", LEARN,
                         {"no GPU": "small"}, choices=SIZES)
     recipe: str = setting("report", "as printed, or what wins here", "", LEARN,
@@ -123,6 +132,8 @@ class Config:
                               SAMPLING, {"best masks ddim": 2, "ncsn": 101}, "diffusion")
     eta: float = setting(0.0, "fresh noise in DDIM; 0: only x_T is random", "[18]",
                          about="diffusion", least=0, most=1)
+    guidance: float = setting(0.0, "w: stresses what is given", "[8]", about="diffusion",
+                              least=-1, most=100)
     ensemble: int = setting(1, "masks averaged for one X-ray", "§4.3, [1]", SAMPLING,
                             about="diffusion", least=1, most=1000)
     eval_images: int = setting(512, "images of train and of validation an evaluation samples",
@@ -141,6 +152,12 @@ class Config:
     def supervised(self):
         """Whether the network sees the X-ray alone and answers in one pass."""
         return self.model != "diffusion"
+
+    @property
+    def images_of(self):
+        """The task whose folders hold the images."""
+        with_infections = "infection" in (self.draw, *conditions.kinds_of(self.given))
+        return "infection" if with_infections else self.task
 
     @property
     def pixel_shift(self):
@@ -262,6 +279,8 @@ def words_of(given, device):
         words |= {"fast", "bf16"}
     if given["task"] != "synthesis":
         words.add("masks")
+    if conditions.masks_of(given.get("given", "")):
+        words.add("given")
     if given.get("model") in baselines.U_NETS:
         words.add("published")
     for name in ("size", "recipe", "objective", "sampler"):
@@ -283,8 +302,9 @@ def refuse_contradictions(given):
     refuse("task" not in given, f"--task is needed: one of {', '.join(TASKS)}")
     model, cond, steps = (given.get(name) for name in ("model", "cond", "steps"))
     if given["task"] == "synthesis":
-        rule = "--cond is about segmentation; --task synthesis is unconditional (§3)"
-        refuse(cond, f"{rule}, got --cond {cond}")
+        rule = "--cond is about masks; --task synthesis has none without --given lung or infection"
+        masks = conditions.masks_of(given.get("given", ""))
+        refuse(cond and not masks, f"{rule}, got --cond {cond}")
         rule = f"--model {model} finds masks; --task synthesis needs --model diffusion"
         refuse(model not in (None, "diffusion"), rule)
     refuse_foreign(given, model)
@@ -328,6 +348,13 @@ def check(cfg):
     synthesis, cond, sampler = cfg.task == "synthesis", cfg.cond, cfg.sampler
     rule = "--ensemble averages masks; --task synthesis has none"
     refuse(synthesis and cfg.ensemble > 1, f"{rule}, got {cfg.ensemble}")
+    for name in ("given", "draw"):
+        rule, value = f"{flag(name)} is about --task synthesis", getattr(cfg, name)
+        refuse(not synthesis and value != SETTINGS[name].default, f"{rule}, got {value}")
+    rule = f"--draw {cfg.draw} cannot be --given too"
+    refuse(cfg.draw in conditions.kinds_of(cfg.given), f"{rule}, got {cfg.given}")
+    rule = "--guidance needs a run that is --given something"
+    refuse(cfg.guidance and not cfg.given, f"{rule}, got {cfg.guidance}")
     rule = "--set augment moves X-ray and mask; --task synthesis would learn to draw the moves"
     refuse(synthesis and cfg.augment, f"{rule}, got {cfg.augment}")
     rule = f"--set rrdbs and rrdb are about the embedder, and --cond {cond} has none"
@@ -371,7 +398,9 @@ def from_dict(settings):
 def kind_of(cfg, noun=""):
     """What a run is, in words: "lung, concat", "lung, unet"; with a noun "lung masks, concat"."""
     model, noun = cfg.model if cfg.supervised else None, noun if cfg.task != "masks" else ""
-    return ", ".join(filter(None, (cfg.task + noun, model, cfg.cond)))
+    drawn = f" of {cfg.draw} masks" if cfg.draw != "X-rays" else ""
+    drawn += f" given {cfg.given.replace('+', ' and ')}" if cfg.given else ""
+    return ", ".join(filter(None, (cfg.task + noun + drawn, model, cfg.cond)))
 
 
 def name_of(cfg):
@@ -379,4 +408,6 @@ def name_of(cfg):
     model = cfg.model if cfg.supervised else None
     objective = None if cfg.objective == "eps" else cfg.objective
     classes = () if cfg.classes == DEFAULT_CLASSES[cfg.task] else cfg.classes
-    return "-".join(filter(None, (cfg.task, model, cfg.cond, objective, *classes, str(cfg.seed))))
+    drawn = cfg.draw if cfg.draw != "X-rays" else None
+    kind = cfg.task, drawn, cfg.given.replace("+", "-"), model, cfg.cond, objective
+    return "-".join(filter(None, (*kind, *classes, str(cfg.seed))))

@@ -19,6 +19,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import conditions
 from console import Stopped, UserError, fits, message, opened, out_of_memory
 from unet import Head, recompute_blocks
 
@@ -173,7 +174,8 @@ def kept_by(model, cfg, device, n):
             model(y)
         else:
             t = torch.ones(n, dtype=torch.long, device=device)
-            model(y, t, y if cfg.cond else None)
+            given = conditions.unknown(cfg, n, device)
+            model(y, t, given if cfg.task == "synthesis" else y)
     return sum(storages.values())
 
 

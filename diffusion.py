@@ -291,7 +291,7 @@ def discretised_log_likelihood(x0, mean, std):
     return (upper - lower).clamp(min=1e-12).log()
 
 
-# ---------------------------------------- sampling: DDPM [7], DDIM [18]
+# ---------------------------------------- sampling: DDPM [7], DDIM [18], guidance [8]
 
 
 class Purpose(enum.IntEnum):
@@ -312,6 +312,7 @@ class Purpose(enum.IntEnum):
     FROM_SCRATCH = 9  # the batches of those images
     AMBIGUOUS = 10  # pictures whose mask is uncertain
     BOOTSTRAP = 11  # which images are counted how often
+    CONDITIONS = 12  # which conditions of a picture are taken away
 
 
 def philox(seed, purpose, i, member=0):
@@ -348,6 +349,21 @@ class ImageNoise:
     def __call__(self):
         draws = [stream.standard_normal(self.shape, dtype=np.float32) for stream in self.streams]
         return torch.from_numpy(np.stack(draws)).to(self.device)
+
+
+def guided(eps_model, w, nothing):
+    r"""Classifier-free guidance [8], Eq. (6), as an eps_model of any sampler.
+
+        eps = (1 + w) eps_theta(x_t, t, y) - w eps_theta(x_t, t, nothing)
+
+    w        >= -1. 0: eps_theta itself. -1: without y. Above 0: p(x_t) p(y | x_t)^(1 + w) at each t
+    nothing  like y: no condition is given
+    """
+
+    def model(xt, t, y):
+        return (1 + w) * eps_model(xt, t, y) - w * eps_model(xt, t, nothing)
+
+    return model
 
 
 @torch.no_grad()

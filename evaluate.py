@@ -6,7 +6,6 @@ prints the eight metrics of these runs beside those of the report's Tables 1 and
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import sys
@@ -15,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import batches
 import config
 import data
 import diffusion
@@ -137,15 +135,6 @@ def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None, s
     return data.without_nan(x0).unflatten(0, (len(y), members))
 
 
-@torch.inference_mode()
-def sample_images(model, cfg, index, device="cpu", progress=None, seed=EVAL_SEED):
-    """X-rays from noise: (B, 1, H, W) in [-1, 1]. Image i comes from (seed, i) alone."""
-    s = diffusion.schedule(cfg.T, cfg.pixel_shift, device)
-    shape = (1, cfg.image_size, cfg.image_size)
-    noise = diffusion.ImageNoise(seed, index, shape, device=device)
-    return sample_with(cfg, s, eps_model_of(model, cfg, s, device, progress), noise, None)
-
-
 def segment(model, cfg, images, rows, device, progress=None):
     """The mask of each X-ray of these rows: (n, 1, H, W) float32 in [-1, 1], on the CPU.
 
@@ -198,7 +187,8 @@ def images_sampled(cfg, sizes):
     sizes: {split: number of images}
     """
     if cfg.task == "synthesis":
-        return min(sizes["Val"] // 2, cfg.eval_images) * passes_of(cfg)
+        each = passes_of(cfg) * (2 if cfg.guidance else 1)  # one with and one without what is given
+        return min(sizes["Val"] // 2, cfg.eval_images) * each
     n = sum(min(size, cfg.eval_images) for size in sizes.values())
     return n * passes_of(cfg) * cfg.ensemble
 
@@ -274,59 +264,6 @@ def lungs_of(cfg, split, rows):
         return None
     how = dict(classes=cfg.classes, image_size=cfg.image_size, masks="lung masks")
     return data.load(cfg.data, cfg.task, split, **how).masks[rows] > 127
-
-
-def evaluate_images(model, cfg, splits, device, progress=None):
-    """§3: Eq. (7) on each split, and how far samples are from held-out images.
-
-    Returns {"Train": {"images", "loss"}, "Val": {"images", "loss", two distances}} and the samples.
-    """
-    report = {name: eq7_loss(model, cfg, split, device) for name, split in splits.items()}
-    distances, samples = distances_to_held_out(model, cfg, splits["Val"].images, device, progress)
-    report["Val"] |= distances
-    return report, samples
-
-
-@torch.inference_mode()
-def eq7_loss(model, cfg, split, device):
-    """Eq. (7) on the evaluated rows, with fixed t (uniform) and eps: {"images", "loss"}."""
-    s = diffusion.schedule(cfg.T, cfg.pixel_shift, device)
-    rows = evaluated_rows(len(split.images), cfg.eval_images)
-    x0 = data.to_float(split.images[rows])
-    as_eq7 = dict(seed=EVAL_SEED, t_power=1.0, objective="eps")
-    t, eps = batches.draws(dataclasses.replace(cfg, **as_eq7), 0, x0)  # (n,), (n, 1, H, W)
-
-    def summed_loss(i):
-        with autocast(cfg, device):
-            x, noise = x0[i].to(device), eps[i].to(device)
-            mean = diffusion.l_simple(s, model, x, None, t[i], noise, cfg.target)
-        return float(mean) * len(i)
-
-    losses = [loss for _, loss in in_chunks(summed_loss, np.arange(len(rows)), device)]
-    return {"images": len(rows), "loss": sum(losses) / len(rows)}
-
-
-@torch.inference_mode()
-def distances_to_held_out(model, cfg, held_out, device, progress=None):
-    """How far samples are from one half of the held-out images, and how far the other half is.
-
-    The distance of the two halves is what a perfect model can hope for. held_out: (N, 1, H, W)
-    uint8. Returns ({name: Fréchet distance of metrics.image_features}, samples as uint8).
-    """
-    order = np.random.default_rng(EVAL_SEED).permutation(len(held_out))
-    other, half = np.array_split(order, 2)
-    half, model = half[: cfg.eval_images], cast_once(model, cfg)
-
-    def samples_of(i):
-        return data.without_nan(sample_images(model, cfg, i, device, progress)).cpu()
-
-    samples = on_all_processes(samples_of, np.arange(len(half)), held_out.shape[1:], device)
-    images = samples, data.to_float(held_out[half]), data.to_float(held_out[other[: len(half)]])
-    ours, reference, others = (metrics.image_features(x) for x in images)
-    return {
-        "Fréchet distance": metrics.frechet_distance(ours, reference),
-        "Fréchet distance of two held-out halves": metrics.frechet_distance(others, reference),
-    }, data.to_uint8(samples)
 
 
 def quality(line):

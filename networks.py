@@ -3,10 +3,12 @@
 import torch
 
 import baselines
+import conditions
 import patches
 from conditional import begin_as_addition
 from config import FOUND, NOT_OF, SETTINGS, flag
 from console import UserError
+from data import CLASSES
 
 
 def build_model(cfg):
@@ -21,6 +23,10 @@ def build_model(cfg):
         positions = patches.positions_of(cfg.image_size)
         attention_at = tuple(positions >> level for level in cfg.attention_levels)
         settings |= dict(segdiff=cfg.rrdb == "segdiff", attention_at=attention_at)
+        if cfg.given:
+            kinds = conditions.kinds_of(cfg.given)
+            settings |= dict(y_channels=len(conditions.masks_of(cfg.given)))
+            settings |= dict(classes=len(CLASSES) if "class" in kinds else 0)
         net = patches.conditional_unet(cfg.cond, **settings)
         if cfg.stem == "add":
             begin_as_addition(net)
@@ -69,5 +75,7 @@ def unused(cfg):
     """The names of the settings that say nothing about this run."""
     names = {"epochs" if cfg.steps else "steps", *NOT_OF[cfg.task]}  # the one gives the other
     names |= set() if cfg.data else set(FOUND)
+    names |= set() if cfg.task == "synthesis" else {"draw", "given"}
+    names |= set() if cfg.given else {"drop", "guidance"}
     foreign = {"diffusion": cfg.supervised, "network": cfg.model in baselines.U_NETS}
     return names | {n for n, field in SETTINGS.items() if foreign.get(field.metadata["about"])}

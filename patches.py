@@ -51,14 +51,15 @@ class PatchUNet(ConditionalUNet):
     The rest as ConditionalUNet; image_size p S counts pixels.
     """
 
-    def __init__(self, cond, p, image_size, **settings):
+    def __init__(self, cond, p, image_size, y_channels=1, **settings):
         features = p**2 * -(-16 // p**2)
         size = dict(image_size=image_size // p, image_channels=p**2, features=features)
+        size |= dict(y_channels=p**2 * y_channels)
         super().__init__(cond, **size, **settings)
         self.p, self.copies = p, features // p**2 if cond == "add" else 1
 
-    def embed(self, y):
-        return None if y is None else super().embed(to_patches(y, self.p))
+    def embed_image(self, y):
+        return super().embed_image(to_patches(y, self.p))
 
     def denoise(self, xt, t, e):
         xt = to_patches(xt, self.p).repeat(1, self.copies, 1, 1)

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+import conditions
 import console
-import data
 import pairs
 from data import CLASSES, SPLITS, TREES, tree_folder
 from diffusion import Purpose, philox
@@ -402,16 +402,14 @@ def locate(folder, task):
     UserError: the folder, or the home that is there, does not have the layout of the task; none
     given for masks of one's own.
     """
-    own = task == "masks"
-    rule = "--task masks needs --data DIR, a folder with images/ and masks/"
+    own, rule = task == "masks", "--task masks needs --data DIR, a folder with images/ and masks/"
     console.refuse(own and folder is None, f"{rule}, got none")
     homes = [home for home in DATA_HOMES if home.is_dir()]
     if folder is None and not homes:
         return PHANTOMS, True
     root = Path(homes[0] if folder is None else folder).expanduser()
     tree = pairs.layout(root)[0] / "images" if own else tree_folder(root, task)
-    noted = any((parent / PHANTOMS_NOTE).is_file() for parent in tree.parents)
-    return root, noted
+    return root, any((parent / PHANTOMS_NOTE).is_file() for parent in tree.parents)
 
 
 def root_of(cfg, given):
@@ -419,7 +417,7 @@ def root_of(cfg, given):
     here = cfg.data != str(PHANTOMS) and Path(cfg.data).is_dir() or cfg.task == "masks"
     if given is None and cfg.phantoms and not here:  # of another machine: the same are drawn here
         return PHANTOMS, True
-    return locate(given or cfg.data or None, cfg.task)
+    return locate(given or cfg.data or None, cfg.images_of)
 
 
 def find_data(cfg, given):
@@ -433,7 +431,7 @@ def find_data(cfg, given):
                 "(anasmohammedtahir/covidqu); unpack it there, or name its folder with --data. "
                 "Until then this run, and its numbers, are about chest phantoms: generated X-rays."
             )
-        ensure_phantoms(cfg.task, console.progress_line("drawing phantoms"))
+        ensure_phantoms(cfg.images_of, console.progress_line("drawing phantoms"))
     return dataclasses.replace(cfg, data=str(root), phantoms=drawn)
 
 
@@ -442,9 +440,5 @@ def splits_of(cfg, names, run=None, masks=None):
     if cfg.task == "masks":
         return pairs.splits_of(cfg, names, run)
 
-    def load(name):
-        progress = console.progress_line(f"decoding {name}")
-        which = (cfg.data, cfg.task, name, cfg.classes, cfg.image_size)
-        return data.load(*which, progress=progress, masks=masks)
-
-    return {name: load(name) for name in names}
+    lines = {name: console.progress_line(f"decoding {name}") for name in names}
+    return {name: conditions.load(cfg, name, line, masks) for name, line in lines.items()}

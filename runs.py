@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+import conditions
 import config
 import data
 import networks
@@ -156,7 +157,8 @@ def config_of(settings):
         wrong = type(value) not in kinds and (name, value) != ("cond", None)
         wrong = wrong or field.type is float and not math.isfinite(value)
         config.refuse(wrong, f"{name} cannot be {value!r}")
-    alone = cfg.task == "synthesis" or cfg.model in config.baselines.U_NETS
+    unconditional = cfg.task == "synthesis" and not conditions.masks_of(cfg.given)
+    alone = unconditional or cfg.model in config.baselines.U_NETS
     wrong = alone != (cfg.cond is None) or cfg.task == "synthesis" and cfg.supervised
     config.refuse(wrong, f"cond cannot be {cfg.cond} for {cfg.task} by {cfg.model}")
     config.check(cfg)
@@ -227,7 +229,7 @@ def prepare(args, device):
     cfg = config.configure(args, device)
     folder = Path(args.out or Path("runs", config.name_of(cfg)))
     if args.data is not None:
-        phantoms.locate(args.data, cfg.task)  # a folder without data is refused first
+        phantoms.locate(args.data, cfg.images_of)  # a folder without data is refused first
     if not args.dry_run:
         refuse_taken(folder)
     return cfg, folder, None
@@ -305,11 +307,11 @@ def images_found(args, cfg):
     if cfg.task == "masks":
         found, line = pairs.find(root, cfg.group)
         return line, {name: sum(pair.split == name for pair in found) for name in splits}
-    if root == phantoms.PHANTOMS and not (root / data.TREES[cfg.task]).is_dir():
-        counts = phantoms.PHANTOM_COUNTS[data.TREES[cfg.task]]
+    if root == phantoms.PHANTOMS and not (root / data.TREES[cfg.images_of]).is_dir():
+        counts = phantoms.PHANTOM_COUNTS[data.TREES[cfg.images_of]]
         sizes = {name: sum(counts[name][c] for c in cfg.classes) for name in splits}
         return f"{root}, phantoms, to be drawn", sizes
-    tree = data.tree_folder(root, cfg.task)
+    tree = data.tree_folder(root, cfg.images_of)
     sizes = {s: sum(len(data.scan(tree / s / c / "images")) for c in cfg.classes) for s in splits}
     return f"{root}, {'phantoms' if drawn else 'X-rays'}", sizes
 
@@ -336,8 +338,9 @@ def describe_sizes(cfg, sizes):
 
 
 def protocol_of(cfg):
-    """How an evaluation samples."""
-    return {name: getattr(cfg, name) for name in config.PROTOCOL}
+    """How an evaluation samples. Where nothing is given there is no guidance."""
+    names = [name for name in config.PROTOCOL if name != "guidance" or cfg.given]
+    return {name: getattr(cfg, name) for name in names}
 
 
 class Folder:

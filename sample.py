@@ -48,6 +48,7 @@ import fullsize
 import metrics
 import pairs
 import runs
+import synthesis
 from console import Parser, UserError, exit_status, message, path_of, printable, refuse, write_whole
 
 CHANGEABLE = ("sampler", "ddim_steps", "ensemble")  # settings of the run that a flag replaces
@@ -315,7 +316,7 @@ def write_xrays(model, cfg, N, seed, device, out, title):
     progress = console.passes_line("drawing: passes", N * evaluate.passes_of(cfg))
 
     def sample(rows):
-        return evaluate.sample_images(model, cfg, rows, device, progress, seed=seed)
+        return synthesis.sample_images(model, cfg, rows, device, progress, seed=seed)
 
     shown = []
     for rows, x0 in devices.in_chunks(sample, np.arange(N), device):

@@ -18,6 +18,7 @@ import networks
 import peers
 import phantoms
 import runs
+import synthesis
 import train
 import unet
 from benchmark import AS_IT_IS, PLAIN_FORMULA
@@ -331,7 +332,7 @@ def test_on_a_gpu_one_trainer_more_is_compiled(monkeypatch):
 def test_a_step_without_a_choice_computes_the_same():
     """float32: the same losses and weights after three steps, up to rounding."""
     trainers = list(trainers_of(benchmark.steps_without(tiny(), CPU)).values())
-    images, masks = benchmark.random_split(tiny(), 8)
+    images, masks = batches.on_device(tiny(), batches.noise_split(tiny(), 8), CPU)
     losses = []
     for trainer in trainers:
         shake(trainer.model)
@@ -635,7 +636,7 @@ def test_the_comparison_has_a_row_for_each_network_that_fits(monkeypatch):
     monkeypatch.setattr(peers, "Peer", OneConvolution)
     monkeypatch.setattr(benchmark, "fits", lambda name, job: job() or name != "monai")
     precisions, memory = [], []
-    sample = evaluate.sample_images
+    sample = synthesis.sample_images
 
     def sample_images(model, cfg, index, device):
         precisions.append((type(model).__name__, cfg.precision, len(index)))
@@ -645,7 +646,7 @@ def test_the_comparison_has_a_row_for_each_network_that_fits(monkeypatch):
         memory.append(make)
         return 1e9
 
-    monkeypatch.setattr(evaluate, "sample_images", sample_images)
+    monkeypatch.setattr(synthesis, "sample_images", sample_images)
     monkeypatch.setattr(benchmark, "peak_memory", peak_memory)
     rows = benchmark.compare(tiny(precision="bf16"), CPU, 1)
     assert [row["network"] for row in rows] == ["here, bf16", "here, fp32", "diffusers"]

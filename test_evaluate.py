@@ -16,6 +16,7 @@ import evaluate
 import metrics
 import networks
 import score
+import synthesis
 from testing import CPU, SIZES, Oracle, shake, split, tiny
 
 # ---------------------------------------- sampling
@@ -48,8 +49,8 @@ def test_every_sampler_draws_the_distribution_that_the_network_knows(sampler, pa
 
     On a shifted schedule too.
     """
-    synthesis = dict(task="synthesis", cond=None, target="eps")
-    cfg = tiny(**synthesis, sampler=sampler, ddim_steps=passes, shift=shift)
+    settings = dict(task="synthesis", cond=None, target="eps")
+    cfg = tiny(**settings, sampler=sampler, ddim_steps=passes, shift=shift)
     s = diffusion.shifted(diffusion.linear_schedule(cfg.T), shift)
 
     class World:
@@ -57,7 +58,7 @@ def test_every_sampler_draws_the_distribution_that_the_network_knows(sampler, pa
             a, v = diffusion.at(s.abar.sqrt(), t, xt), diffusion.at(1 - s.abar, t, xt)
             return v.sqrt() * (xt - a * 0.3) / (a * a * 0.04 + v)
 
-    x0 = evaluate.sample_images(World(), cfg, range(8))
+    x0 = synthesis.sample_images(World(), cfg, range(8))
     assert float(x0.mean()) == pytest.approx(0.3, abs=0.03)
     assert float(x0.std()) == pytest.approx(0.2, rel=0.08)
 
@@ -66,14 +67,14 @@ def test_every_sampler_draws_the_distribution_that_the_network_knows(sampler, pa
 def test_every_sampler_keeps_an_image_beyond_the_range_at_its_end(sampler):
     """A network whose x_0 is 3 everywhere: x_0_hat is clipped in each pass, the sample is 1."""
     T = 20 if sampler == "ddpm" else 1000
-    synthesis = dict(task="synthesis", cond=None, target="x0")
-    cfg = tiny(**synthesis, sampler=sampler, ddim_steps=12, T=T)
+    settings = dict(task="synthesis", cond=None, target="x0")
+    cfg = tiny(**settings, sampler=sampler, ddim_steps=12, T=T)
 
     class Bright:
         def denoise(self, xt, t, e):
             return torch.full_like(xt, 3.0)
 
-    x0 = evaluate.sample_images(Bright(), cfg, range(2))
+    x0 = synthesis.sample_images(Bright(), cfg, range(2))
     torch.testing.assert_close(x0, torch.ones_like(x0), rtol=0, atol=0.05)
 
 
@@ -102,7 +103,7 @@ def test_the_corrector_has_the_signal_to_noise_ratio_of_its_paper(monkeypatch):
     monkeypatch.setattr(score, "reverse_sde", reverse_sde)
     for sampler in ("pc", "sde"):
         cfg = tiny(task="synthesis", cond=None, sampler=sampler, ddim_steps=12)
-        evaluate.sample_images(None, cfg, range(1))
+        synthesis.sample_images(None, cfg, range(1))
     assert ratios == [0.16, None]
 
 
@@ -207,96 +208,6 @@ def test_what_an_ensemble_says_about_the_share_is_what_its_masks_say(task, monke
     assert "share" not in one["Val"]
 
 
-def no_samples(model, cfg, index, *_):
-    """Black images in place of sample_images, where only the loss is asked for."""
-    return torch.zeros(len(index), 1, 16, 16)
-
-
-def test_sec3_every_run_is_measured_by_eq7_at_the_same_t_and_eps():
-    """However a run was trained, one network has one loss: t uniform, one noise, the same draws."""
-    synthesis = dict(task="synthesis", cond=None)
-    model = shake(networks.build_model(tiny(**synthesis)))
-
-    def loss(**how):
-        return evaluate.eq7_loss(model, tiny(**synthesis, **how), split(40), CPU)["loss"]
-
-    plain = dict(t_power=1.0, objective="eps", seed=0)
-    for other in (dict(t_power=4.0), dict(objective="vp"), dict(seed=1)):
-        assert loss(**plain | other) == loss(**plain)
-
-
-def test_sec3_the_loss_of_a_perfect_network_is_zero_and_that_of_zeros_is_the_noises_square():
-    """Black images alone: x_0 is known, so eps is; a network of zeros has the mean of eps^2."""
-    cfg = tiny(task="synthesis", cond=None, target="eps", eval_images=5)
-    black = data.Split(np.zeros((9, 1, 16, 16), np.uint8), None, [])
-    s, noises = diffusion.schedule(cfg.T, cfg.pixel_shift), []
-
-    def perfect(xt, t, y):
-        noises.append(diffusion.predict_eps(s, xt, t, torch.full_like(xt, -1.0)))
-        return noises[-1]
-
-    assert evaluate.eq7_loss(perfect, cfg, black, CPU)["loss"] < 1e-6
-    zeros = evaluate.eq7_loss(lambda xt, t, y: torch.zeros_like(xt), cfg, black, CPU)
-    assert zeros["images"] == 5 == len(torch.cat(noises))
-    assert zeros["loss"] == pytest.approx(float(torch.cat(noises).square().mean()), rel=1e-4)
-
-
-@pytest.mark.parametrize("target", diffusion.TARGETS)
-def test_sec3_a_network_is_measured_by_what_it_predicts(target):
-    """Black images: who answers what its target is scores 0, the others do not."""
-    cfg = tiny(task="synthesis", cond=None, target=target, eval_images=5)
-    black = data.Split(np.zeros((9, 1, 16, 16), np.uint8), None, [])
-    s = diffusion.schedule(cfg.T, cfg.pixel_shift)
-    for answered in diffusion.TARGETS:
-
-        def perfect(xt, t, y, answered=answered):
-            x0 = torch.full_like(xt, -1.0)
-            eps = diffusion.predict_eps(s, xt, t, x0)
-            return diffusion.target_of(s, answered, x0, t, eps)
-
-        loss = evaluate.eq7_loss(perfect, cfg, black, CPU)["loss"]
-        assert (loss < 1e-6) == (answered == target)
-
-
-def test_a_shifted_schedule_is_the_one_a_run_is_measured_by(monkeypatch):
-    """Eq. (7) in an evaluation is that of the shifted schedule, on both splits."""
-    used, expected = [], diffusion.shifted(diffusion.linear_schedule(), 0.5).abar
-
-    def l_simple(s, *_):
-        used.append(s)
-        return torch.zeros(())
-
-    monkeypatch.setattr(diffusion, "l_simple", l_simple)
-    monkeypatch.setattr(evaluate, "sample_images", no_samples)
-    cfg = tiny(task="synthesis", cond=None, shift=0.5)
-    evaluate.evaluate_images(None, cfg, {"Train": split(4), "Val": split(8)}, CPU)
-    assert len(used) == 2 and all(torch.equal(s.abar, expected) for s in used)
-
-
-def test_sec3_samples_are_compared_with_one_half_of_the_held_out_images(monkeypatch):
-    """As many samples; the other half, which has no image of the first, is compared with it too."""
-
-    def as_bytes(images):
-        return [image.tobytes() for image in images.numpy()]
-
-    pairs, held_out = [], split(9).images
-    monkeypatch.setattr(metrics, "image_features", as_bytes)
-    monkeypatch.setattr(metrics, "frechet_distance", lambda *pair: pairs.append(pair) or len(pairs))
-    cfg = tiny(task="synthesis", cond=None)
-    model = networks.build_model(cfg)
-    found, samples = evaluate.distances_to_held_out(model, cfg, held_out, CPU)
-    (ours, reference), (others, again) = pairs
-    assert list(found.values()) == [1, 2] and "halves" in list(found)[1] and again == reference
-    expected = evaluate.sample_images(model, cfg, range(4))
-    assert ours == as_bytes(expected)
-    assert np.array_equal(samples, data.to_uint8(expected))
-    every = set(as_bytes(data.to_float(held_out)))
-    assert len({*reference, *others}) == 8 and {*reference, *others} < every
-    of_three = dataclasses.replace(cfg, eval_images=3)
-    evaluate.distances_to_held_out(model, of_three, held_out, CPU)
-    assert [list(map(len, pair)) for pair in pairs[2:]] == [[3, 3], [3, 3]]
-
-
 # ---------------------------------------- how long it takes
 
 
@@ -305,7 +216,7 @@ def test_an_evaluation_passes_as_many_images_as_are_foreseen(monkeypatch):
     sizes, splits = {"Train": 7, "Val": 5}, {"Train": split(7), "Val": split(5, 1)}
     masks = tiny(eval_images=6, ensemble=2, ddim_steps=3)
     images = tiny(task="synthesis", cond=None, eval_images=6, ddim_steps=3)
-    measures = (evaluate.evaluate_masks, evaluate.evaluate_images)
+    measures = (evaluate.evaluate_masks, synthesis.evaluate_images)
     for cfg, measure, expected in zip((masks, images), measures, ((6 + 5) * 3 * 2, 2 * 3)):
         passed, model = [], networks.build_model(cfg)
         measure(model, cfg, splits, CPU, passed.append)

@@ -15,11 +15,13 @@ ROOT = Path(__file__).resolve().parent
 LEVELS = [  # a module imports project modules of lower levels only
     {"diffusion", "rrdb", "metrics", "console", "figures", "peers"},
     {"unet", "score", "data", "probes"},
-    {"ambiguous", "batches", "conditional", "devices", "fullsize", "pairs"},
+    {"ambiguous", "conditions", "fullsize", "pairs"},
+    {"batches", "conditional", "devices"},
     {"baselines", "patches"},
     {"config", "phantoms"},
     {"networks"},
     {"evaluate", "runs"},
+    {"synthesis"},
     {"train", "sample", "intervals"},
     {"studies", "benchmark"},
     {"compare"},
@@ -187,10 +189,10 @@ def test_importing_prints_nothing(side_effects):
 
 PURPOSES = {  # each function that begins a stream of random numbers: what it names of Purpose
     "ambiguous.picture": {"AMBIGUOUS"},
-    "batches.batch": {"AUGMENTATION"},
+    "batches.batch": {"AUGMENTATION", "CONDITIONS"},
     "batches.draws": {"NOISE"},
     "batches.order_of": {"ORDER"},
-    "evaluate.sample_images": set(),  # SAMPLE is ImageNoise's default
+    "synthesis.sample_images": set(),  # SAMPLE is ImageNoise's default
     "evaluate.sample_masks": set(),
     "phantoms.phantom": {"PHANTOM"},
     "probes.fit": {"CLASSIFIER"},
@@ -205,10 +207,10 @@ PURPOSES = {  # each function that begins a stream of random numbers: what it na
     "compare.rows_of_dice": {"BOOTSTRAP"},
     "networks.build_model": set(),  # these three have the seed alone
     "evaluate.evaluated_rows": set(),
-    "evaluate.distances_to_held_out": set(),
+    "synthesis.distances_to_held_out": set(),
     "diffusion.l_simple": set(),  # a draw of no seed, where t or eps is not given
     "probes.fit_member": set(),  # torch's seed, which probes.fit has set
-    "train.seconds_a_step": set(),  # noise whose values do not matter
+    "batches.noise_split": set(),  # noise whose values do not matter
 }
 STREAMS = {"ImageNoise", "philox", "seed_of", "generator", "Generator", "manual_seed", "seed"}
 DRAWS = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"}

@@ -10,6 +10,7 @@ import data
 import diffusion
 import evaluate
 import metrics
+import synthesis
 from testing import CPU, chests, network
 
 
@@ -45,7 +46,7 @@ def xrays(seed):
 def drawn(net, n, **how):
     """n X-rays from noise. X-ray i always begins at the same x_T."""
     cfg = dataclasses.replace(net[1], **how)
-    return evaluate.sample_images(net[0], cfg, range(n), CPU).cpu()
+    return synthesis.sample_images(net[0], cfg, range(n), CPU).cpu()
 
 
 def rms(a, b):

@@ -10,6 +10,7 @@ import data
 import diffusion
 import evaluate
 import score
+import synthesis
 from testing import CPU, chests, dice, network
 
 NEW = 99  # the seed of phantoms that no network has seen
@@ -25,7 +26,7 @@ def test_the_ode_draws_the_x_ray_of_ddim_and_samplers_with_noise_draw_others():
 
     def drawn(sampler, passes):
         how = dataclasses.replace(cfg, sampler=sampler, ddim_steps=passes)
-        return evaluate.sample_images(model, how, range(3), CPU).cpu()
+        return synthesis.sample_images(model, how, range(3), CPU).cpu()
 
     ddim = drawn("ddim", 40)
     another = rms(ddim, ddim.roll(1, 0))

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import config
-import evaluate
 import networks
 import peers
+import synthesis
 import unet
 from testing import CPU, tiny
 
@@ -80,7 +80,7 @@ def test_a_peer_is_called_like_our_network(name, fakes):
 def test_our_sampler_runs_around_a_peer(name, fakes):
     """As benchmark.py times it: X-rays from noise."""
     cfg = tiny(**UNCONDITIONAL, target="eps", ddim_steps=3)
-    images = evaluate.sample_images(peers.Peer(name, cfg), cfg, range(2))
+    images = synthesis.sample_images(peers.Peer(name, cfg), cfg, range(2))
     assert images.shape == (2, 1, 16, 16) and images.isfinite().all() and images.std() > 0
 
 

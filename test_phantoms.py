@@ -62,6 +62,10 @@ class RunConfig:
     phantoms: bool = True
     task: str = "lung"
 
+    @property
+    def images_of(self):
+        return self.task
+
 
 def test_a_run_on_phantoms_finds_its_images_again(tmp_path, monkeypatch, capsys):
     """Its own folder while it is there, else this checkout's; not a word about missing X-rays."""

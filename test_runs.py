@@ -62,8 +62,8 @@ def test_a_run_folder_holds_what_the_docstring_says_and_its_numbers_come_from_it
     model, cfg, step = runs.load_run(folder)
     assert step == 4 and cfg.steps == 4 and results["evaluation"]["step"] == 4
     splits = {name: data.load(root, cfg.task, name, cfg.classes, 16) for name in ("Train", "Val")}
-    synthesis = cfg.task == "synthesis"
-    measure = evaluate.evaluate_images if synthesis else evaluate.evaluate_masks
+    draws = cfg.task == "synthesis"
+    measure = synthesis.evaluate_images if draws else evaluate.evaluate_masks
     report, _ = measure(model, cfg, splits, CPU)
     for name in report:
         assert json.dumps(report[name]) == json.dumps(results["evaluation"][name])

@@ -21,6 +21,7 @@ import metrics
 import networks
 import runs
 import sample
+import synthesis as drawing
 from conditional import ConditionalUNet
 from testing import CPU
 
@@ -456,7 +457,7 @@ def test_a_large_xray_is_drawn_at_1024_pixels_a_side(tmp_path, monkeypatch):
 
 
 def test_synthesis_writes_n_xrays_and_the_grid(synthesis, call, monkeypatch):
-    """The X-rays of evaluate.sample_images, one file each, and all of them in one picture."""
+    """The X-rays of drawing.sample_images, one file each, and all of them in one picture."""
     grids, save_image_grid = [], figures.save_image_grid
 
     def recorded(*args, **given):
@@ -469,7 +470,7 @@ def test_synthesis_writes_n_xrays_and_the_grid(synthesis, call, monkeypatch):
     assert status == 0 and sorted(contents(synthesis / "samples")) == names
     assert all(name in out for name in names)
     model, cfg, _ = runs.load_run(synthesis)
-    expected = data.to_uint8(evaluate.sample_images(model, cfg, range(3)))
+    expected = data.to_uint8(drawing.sample_images(model, cfg, range(3)))
     written = np.stack([read(synthesis / "samples" / name)[None] for name in names[:3]])
     assert np.array_equal(written, expected) and np.array_equal(grids[0][1], expected)
     assert read(synthesis / "samples" / "samples.png").std() > 0
@@ -640,14 +641,14 @@ def test_bf16_of_a_gpu_run_is_fp32_where_bf16_is_slow(monkeypatch):
 def test_ctrl_c_leaves_whole_files_and_one_line(synthesis, call, monkeypatch):
     """At the third X-ray: the first two are there."""
     monkeypatch.setattr(devices, "in_chunks", chunks_of(4))
-    real = evaluate.sample_images
+    real = drawing.sample_images
 
     def stop_at_2(model, cfg, index, *args, **kwargs):
         if 2 in index:
             raise KeyboardInterrupt
         return real(model, cfg, index, *args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "sample_images", stop_at_2)
+    monkeypatch.setattr(drawing, "sample_images", stop_at_2)
     status, _, err = call(synthesis, "-n", 4)
     assert status == 130
     assert err == "\nsample.py: stopped; the files written until now are whole\n"
@@ -782,8 +783,8 @@ def test_what_cannot_be_is_refused_in_one_line_before_any_work(
     (tmp_path / "damaged.png").write_bytes((synthesis / "last.pt").read_bytes()[:20_000])
     names = ("x0", "x1", "sub/X0", "m0", "wide", "colour", "text", "damaged", "none")
     before = sorted(tmp_path.rglob("*"))
-    for function in ("sample_masks", "sample_images"):
-        monkeypatch.setattr(evaluate, function, lambda *_, **__: pytest.fail("work was begun"))
+    for module, function in ((evaluate, "sample_masks"), (drawing, "sample_images")):
+        monkeypatch.setattr(module, function, lambda *_, **__: pytest.fail("work was begun"))
     status, out, err = call(*(f"{word}.png" if word in names else word for word in line.split()))
     message = err.splitlines()[-1]
     progress = [text for text in err.splitlines()[:-1] if not text.startswith("reading")]

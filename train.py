@@ -39,6 +39,7 @@ import evaluate
 import networks
 import runs
 import score
+import synthesis
 from console import StatusLine, Stopped, StopSignals, UserError, clock, exit_status, message
 
 SAVE_EVERY = 300  # seconds between checkpoints
@@ -91,7 +92,8 @@ class Trainer:
     def train_step(self, images, masks):
         """One gradient step. Returns the loss, still on the device.
 
-        images, masks: the whole split, (N, 1, S, S) uint8 on the device; masks None in synthesis
+        images, masks: the whole split, (N, 1, S, S) uint8 on the device; in synthesis `masks` is
+        what is given, or None
         """
         self.step += 1
         batch = batches.batch(self.cfg, self.step, images, masks)  # x0, y, t, eps
@@ -162,9 +164,8 @@ class Run:
 
     def train(self):
         """Steps, log lines, evaluations and checkpoints, until cfg.steps or a stop signal."""
-        trainer, (images, masks, *_) = self.trainer, self.splits["Train"]
-        images = torch.from_numpy(images).to(self.device)
-        masks = None if masks is None else torch.from_numpy(masks).to(self.device)
+        trainer = self.trainer
+        images, masks = batches.on_device(self.cfg, self.splits["Train"], self.device)
         log_every = min(50, max(1, self.cfg.steps // 100))
         with StopSignals() as signals:
             try:
@@ -237,7 +238,7 @@ class Run:
         self.check_finite()
         progress = evaluate.progress_of(self.cfg, f"step {step}", self.sizes, signals.check)
         masks = self.cfg.task != "synthesis"
-        measure = evaluate.evaluate_masks if masks else evaluate.evaluate_images
+        measure = evaluate.evaluate_masks if masks else synthesis.evaluate_images
         model = devices.laid_out(self.trainer.ema, self.device)
         report, shown = measure(model, self.cfg, self.splits, self.device, progress)
         self.evaluate_s = time.monotonic() - start
@@ -284,9 +285,7 @@ def seconds_a_step(cfg, device):
     def timed(n):
         trainer = Trainer(dataclasses.replace(cfg, batch_size=n, micro_batch=0), device)
         devices.fit_memory(trainer)
-        shape = (n, 1, cfg.image_size, cfg.image_size)
-        images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-        masks = None if cfg.task == "synthesis" else images
+        images, masks = batches.on_device(cfg, batches.noise_split(cfg, n), device)
         trainer.train_step(images, masks).item()  # the first step sets up what it needs
         start = time.monotonic()
         losses = [trainer.train_step(images, masks) for _ in range(2)]

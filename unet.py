@@ -276,9 +276,9 @@ class UNet(nn.Module):
         widths = [channels * m for m in channel_mult]
         resolutions = [image_size >> level for level in range(len(widths))]
         check_sizes(channels, widths, resolutions, attention_at, head_channels, image_size)
-        self.in_channels, self.channels = in_channels, channels
+        self.in_channels, self.channels, self.emb_channels = in_channels, channels, 4 * channels
         self.shrinks = 2 ** (len(widths) - 1)
-        emb = 4 * channels
+        emb = self.emb_channels
 
         def cross_attention(C):
             return [CrossAttention(C, context_channels, head_channels)] if context_channels else []
@@ -320,16 +320,19 @@ class UNet(nn.Module):
         answer = zero(nn.Conv2d(C, out_channels, 3, padding=1))
         self.head = Head(group_norm(C), nn.SiLU(), answer)
 
-    def forward(self, xt, t, context=None):
+    def forward(self, xt, t, context=None, of_class=None):
         """xt (B, in_channels, H, W), t (B,) int64 in 1..T -> (B, out_channels, H, W).
 
-        H and W are divisible by 2^(levels - 1).
+        H and W are divisible by 2^(levels - 1). of_class (B, 4 channels) is added to the time
+        embedding.
         """
         _, C, H, W = xt.shape
         if C != self.in_channels or H % self.shrinks or W % self.shrinks:
             rule = f"{self.in_channels} channels and sides divisible by {self.shrinks}"
             raise ValueError(f"this U-Net takes images of {rule}, got {tuple(xt.shape)}")
         emb = self.time(timestep_embedding(t, self.channels).to(xt.dtype))  # (B, 4 channels)
+        if of_class is not None:
+            emb = emb + of_class.to(emb.dtype)
         h = self.stem(xt)
         skips = [h]
         for block in self.encoder:
