@@ -64,7 +64,7 @@ class Config:
                         choices=conditions.DRAWN)
     given: str = setting("", "what it draws them from: class, lung, infection, joined by +", "§4",
                          LEARN)
-    drop: float = setting(0.2, "how often some of what is given is taken away", "[8]", least=0,
+    drop: float = setting(0.4, "how often some of what is given is taken away", "[8]", least=0,
                           most=1)
     size: str = setting("report", "of network, batch and evaluation", "", LEARN,
                         {"no GPU": "small"}, choices=SIZES)

@@ -20,6 +20,7 @@ import devices
 import evaluate
 import phantoms
 import runs
+import synthesis
 import train
 from console import UserError
 from testing import (
