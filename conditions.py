@@ -19,7 +19,8 @@ import torch
 import data
 from console import refuse
 
-KINDS = ("class", "lung", "infection")
+MASKS = ("lung", "infection")
+KINDS = ("class", *MASKS)
 DRAWN = ("X-rays", "lung", "infection")
 
 
@@ -103,6 +104,27 @@ def unknown(cfg, n, device="cpu"):
     return Given(masks, torch.zeros(n, dtype=torch.long, device=device) if knows_classes else None)
 
 
+def number_of(given):
+    """Of pictures."""
+    return len(given.masks if given.label is None else given.label)
+
+
+def selected(given, kinds, wanted):
+    """What a network of the kinds `wanted` knows of `given`, which has other kinds; both as "a+b".
+
+    Masks are in [-1, 1]; a kind that is not among `given` is not given.
+    """
+    if not wanted:
+        return None
+    n, label = number_of(given), given.label
+    names, nothing = masks_of(kinds), torch.zeros_like(given.masks[:, 0])
+    masks = [given.masks[:, names.index(k)] if k in names else nothing for k in masks_of(wanted)]
+    if "class" in kinds_of(wanted) and label is None:
+        label = torch.zeros(n, dtype=torch.long)
+    knows_classes = "class" in kinds_of(wanted)
+    return Given(torch.stack(masks, 1) if masks else None, label if knows_classes else None)
+
+
 def some_of(given, drop, generator):
     """The conditions of a batch, of which some are taken away, as in [8].
 
@@ -113,8 +135,7 @@ def some_of(given, drop, generator):
     """
     masks, label = given
     M = 0 if masks is None else masks.shape[1]
-    n = len(label) if masks is None else len(masks)
-    u = torch.rand(n, 2 + M, generator=generator)
+    u = torch.rand(number_of(given), 2 + M, generator=generator)
     kept = (u[:, :1] >= drop) | (u[:, 1:] >= 0.5)  # (n, 1 + M): the class, and each mask
     if masks is not None:
         masks = masks * kept[:, 1:, None, None].to(masks)

@@ -132,8 +132,8 @@ class Config:
                               SAMPLING, {"best masks ddim": 2, "ncsn": 101}, "diffusion")
     eta: float = setting(0.0, "fresh noise in DDIM; 0: only x_T is random", "[18]",
                          about="diffusion", least=0, most=1)
-    guidance: float = setting(0.0, "w: stresses what is given", "[8]", about="diffusion",
-                              least=-1, most=100)
+    guidance: float = setting(0.0, "w: stresses what is given", "[8]", SAMPLING,
+                              about="diffusion", least=-1, most=100)
     ensemble: int = setting(1, "masks averaged for one X-ray", "§4.3, [1]", SAMPLING,
                             about="diffusion", least=1, most=1000)
     eval_images: int = setting(512, "images of train and of validation an evaluation samples",

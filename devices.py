@@ -5,6 +5,7 @@ A run's numbers do not depend on what is chosen here, but for rounding.
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import gc
 import math
@@ -61,6 +62,11 @@ def bf16_is_fast(device):
         return False
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def in_precision_of(cfg, device):
+    """cfg, with bf16 only where it is fast."""
+    return cfg if bf16_is_fast(device) else dataclasses.replace(cfg, precision="fp32")
 
 
 def autocast(cfg, device):

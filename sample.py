@@ -2,6 +2,10 @@ r"""Use a trained run: draw X-rays from noise (§3), or find the masks of your o
 
     python sample.py runs/synthesis-0 -n 16               16 X-rays, and all in one picture
     python sample.py runs/synthesis-0 --sampler ode       by another sampler of §2.1
+    python sample.py RUN --class COVID-19 --guidance 2    of a class (train.py --given class)
+    python sample.py RUN --lung-mask a.png -n 8           that have these lungs (--given lung)
+    python sample.py RUN --lung-mask RUN2 -n 2000 --out DIR    pairs: RUN2 draws a mask (--set
+                                                               draw=lung), RUN an X-ray for it
     python sample.py runs/lung-concat-0 --images a.png b.png           a mask and an overlay of each
     python sample.py runs/lung-concat-0 --images DIR --ensemble 9      and where 9 samples disagree
     python sample.py runs/infection-concat-0 --images a.png --ensemble 25 --lungs runs/lung-concat-0
@@ -23,8 +27,10 @@ NAME.png, in <RUN folder>/samples or --out DIR:
     NAME-disagreement.png   the standard deviation of an ensemble's masks in [-1, 1], times 255.
                             0: all agree; 255: half of them say inside, half outside
 
-A synthesis run gives sample-0000.png, sample-0001.png, ... and the first 64 in samples.png. The
-noise of image i (its place in the list) depends on --seed and i alone. A later call replaces files
+A synthesis run gives sample-0000.png, sample-0001.png, ... and the first 64 in samples.png. Where
+masks are given, the X-rays are in images/, and the mask of each in masks/, or of two kinds in
+lung-masks/ and infection-masks/: train.py --task masks --data DIR takes such a folder. The noise of
+image i (its place in the list) depends on --seed and i alone. A later call replaces files
 that sample.py wrote (each says so) and refuses to replace others. Not for diagnosis: the masks are
 those of a network at a low resolution, for study; no finding may rest on them.
 """
@@ -39,6 +45,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+import conditions
 import config
 import console
 import data
@@ -51,7 +58,8 @@ import runs
 import synthesis
 from console import Parser, UserError, exit_status, message, path_of, printable, refuse, write_whole
 
-CHANGEABLE = ("sampler", "ddim_steps", "ensemble")  # settings of the run that a flag replaces
+# Settings of the run that a flag replaces
+CHANGEABLE = ("sampler", "ddim_steps", "ensemble", "guidance")
 MOST_MEMBERS = 64  # of an ensemble: those of one X-ray go through the network together
 DRAWN, MOST_DRAWN, GRID = 16, 10**6, 64  # X-rays without -n; with -n; in samples.png
 MARK = "sample.py of Diffusion models for chest X-rays"  # stands near the beginning of each file
@@ -71,10 +79,16 @@ def parse(argv):
     p.add_argument("--masks", **files, help=words)
     words = "a lung run: an infection's share is then of the lungs that it finds"
     p.add_argument("--lungs", type=path_of, metavar="RUN", help=words)
+    words = "the class of the X-rays to draw; default: none is given"
+    p.add_argument("--class", dest="label", choices=data.CLASSES, help=words)
+    for kind in conditions.MASKS:
+        words = f"their {kind} masks: a file, a folder (in turn), or a run that draws them"
+        p.add_argument(f"--{kind}-mask", type=path_of, metavar="WHERE", help=words)
     for name in CHANGEABLE:
         field = config.SETTINGS[name]
         words = f"{field.metadata['words']}; default: the run's"
-        p.add_argument(config.flag(name), **config.argument(field) | dict(help=words))
+        about = config.argument(field) | dict(help=words)
+        p.add_argument(f"--{name.replace('_', '-')}", **about)
     seed = dict(type=int, default=evaluate.EVAL_SEED)
     p.add_argument("--seed", **seed, help="of the noise; default %(default)s")
     p.add_argument("--out", type=path_of, metavar="DIR", help="default <RUN folder>/samples")
@@ -107,16 +121,29 @@ def replace_folders(args):
     return folders
 
 
-def check_flags(args, task):
+def conditions_given(args):
+    """(flag, kind, value) of --class and of the masks; the value is None where it is not given."""
+    masks = [(f"--{kind}-mask", kind, getattr(args, f"{kind}_mask")) for kind in conditions.MASKS]
+    return [("--class", "class", args.label), *masks]
+
+
+def check_flags(args, cfg):
     """Refuse flags that do not belong to this kind of run, or are out of range."""
+    task = cfg.task
     run = f"{args.run} is a {task} run"
     if task == "synthesis":
         for name in ("images", "masks", "ensemble", "lungs"):
             rule = f"--{name} is about masks; {run}, which draws X-rays: give -n"
             refuse(getattr(args, name) is not None, rule)
+        for flag, kind, value in conditions_given(args):
+            rule = f"{flag} needs a run that was trained with --given {kind}"
+            refuse(value and kind not in conditions.kinds_of(cfg.given), f"{rule}; {run}")
     else:
         rule = "-n draws X-rays from a synthesis run"
         refuse(args.n is not None, f"{rule}; {run}: give --images")
+        for flag, _, value in conditions_given(args):
+            rule = f"{flag} is about X-rays that are drawn"
+            refuse(value, f"{rule}; {run}")
         refuse(not args.images, f"{run}: give the X-rays to segment with --images FILE...")
         rule = "--lungs is about the share of an infection"
         refuse(args.lungs and task != "infection", f"{rule}; {run}")
@@ -141,19 +168,16 @@ def configure(args, cfg, device):
     config.refuse_foreign(given, cfg.model)
     cfg = dataclasses.replace(cfg, **given)
     config.check(cfg)
-    return in_precision_of(cfg, device)
-
-
-def in_precision_of(cfg, device):
-    """cfg, with bf16 where it is fast alone."""
-    return cfg if devices.bf16_is_fast(device) else dataclasses.replace(cfg, precision="fp32")
+    return devices.in_precision_of(cfg, device)
 
 
 def files_to_write(args, cfg, out):
     """The files of this call. UserError: two X-rays of one name; a given file is among them."""
     if cfg.task == "synthesis":
-        numbers = range(args.n or DRAWN)
-        return [*(out / f"sample-{i:04}.png" for i in numbers), out / "samples.png"]
+        names = [f"sample-{i:04}.png" for i in range(args.n or DRAWN)]
+        folders = [out / folder for folder in ("images", *mask_folders(args))]
+        folders = [out] if len(folders) == 1 else folders
+        return [*(folder / name for folder in folders for name in names), out / "samples.png"]
     kinds = ("mask", "overlay", "mean", "disagreement")[: 4 if cfg.ensemble > 1 else 2]
     first = {}  # of each name; some file systems do not tell A.png from a.png
     for path in map(Path, args.images):
@@ -233,7 +257,7 @@ def write_masks(model, cfg, small, args, device, out, title):
 def pixels_of_lungs(run, small, device):
     """Pixels of the lungs that a lung run finds in each X-ray, (N,), as the network sees them."""
     model, cfg, _ = runs.load_run(run, device)
-    cfg = in_precision_of(cfg, device)
+    cfg = devices.in_precision_of(cfg, device)
     refuse(cfg.task != "lung", f"--lungs must be a lung run, {run} is a {cfg.task} run")
     side = small.shape[-1]
     rule = f"--lungs must be a run at the same resolution, {side}"
@@ -309,19 +333,36 @@ def score_table(images, counts, title):
 # ---------------------------------------- X-rays from noise: §3
 
 
-def write_xrays(model, cfg, N, seed, device, out, title):
-    """N X-rays are drawn, and written to sample-0000.png, ... and samples.png."""
+def mask_folders(args):
+    """{folder below --out: kind} of the masks that are given."""
+    kinds = [kind for _, kind, value in conditions_given(args)[1:] if value]
+    return {"masks" if len(kinds) == 1 else f"{kind}-masks": kind for kind in kinds}
+
+
+def write_xrays(model, cfg, args, device, out, title):
+    """The X-rays are drawn, and written with what is given to the files of files_to_write."""
     import figures  # matplotlib takes a while to load
 
-    progress = console.passes_line("drawing: passes", N * evaluate.passes_of(cfg))
+    N = args.n or DRAWN
+    places, folders = {kind: value for _, kind, value in conditions_given(args)}, mask_folders(args)
+    given = synthesis.given_to(cfg, N, places, args.seed, device)
+    passes = N * evaluate.passes_of(cfg) * (2 if cfg.guidance else 1)
+    progress = console.passes_line("drawing: passes", passes)
+    images = out / "images" if folders else out
+    for folder in (images, *(out / folder for folder in folders)):
+        folder.mkdir(parents=True, exist_ok=True)
 
     def sample(rows):
-        return synthesis.sample_images(model, cfg, rows, device, progress, seed=seed)
+        of_rows = conditions.part_of(given, rows, device)
+        return synthesis.sample_images(model, cfg, rows, device, progress, args.seed, of_rows)
 
     shown = []
     for rows, x0 in devices.in_chunks(sample, np.arange(N), device):
         for i, gray in zip(rows, data.to_uint8(x0)):  # (1, S, S)
-            write_gray(out / f"sample-{i:04}.png", gray[0])
+            write_gray(images / f"sample-{i:04}.png", gray[0])
+            for folder, kind in folders.items():
+                mask = given.masks[i, conditions.masks_of(cfg.given).index(kind)]
+                write_gray(out / folder / f"sample-{i:04}.png", data.to_uint8(mask))
             shown += [gray] if i < GRID else []
     title += f"; generated{f', first {GRID} of {N}' if N > GRID else ''}"
     grid = out / "samples.png"
@@ -338,7 +379,7 @@ def use_run(args):
     folders = replace_folders(args)
     device = devices.choose_device(args.device)
     model, cfg, step = runs.load_run(args.run, device)
-    check_flags(args, cfg.task)
+    check_flags(args, cfg)
     cfg = configure(args, cfg, device)
     rule = "--lungs needs several masks: give --ensemble 25"
     refuse(args.lungs and cfg.ensemble < 2, f"{rule}, got {cfg.ensemble}")
@@ -382,7 +423,7 @@ def use_run(args):
             write_whole(out / "scores.md", runs.as_text(table))
             message(f"\n{table}\n")
     else:
-        write_xrays(model, cfg, args.n or DRAWN, args.seed, device, out, title)
+        write_xrays(model, cfg, args, device, out, title)
     names = [file.name for file in files]
     listed = ", ".join(names if len(names) <= 8 else [*names[:4], "...", names[-1]])
     novelty = f"{len(there)} of them replaced" if there else "all new"

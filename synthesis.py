@@ -4,6 +4,7 @@ conditions.py says what may be given. A mask of lungs or of an infection is draw
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,10 +12,21 @@ import torch
 import batches
 import conditions
 import data
+import devices
 import diffusion
 import metrics
+import pairs
+import runs
+from console import passes_line, refuse
 from devices import autocast, cast_once, in_chunks
-from evaluate import EVAL_SEED, eps_model_of, evaluated_rows, on_all_processes, sample_with
+from evaluate import (
+    EVAL_SEED,
+    eps_model_of,
+    evaluated_rows,
+    on_all_processes,
+    passes_of,
+    sample_with,
+)
 
 
 @torch.inference_mode()
@@ -100,3 +112,52 @@ def draw(model, cfg, given, N, device, progress=None, seed=EVAL_SEED):
         return data.without_nan(x0).cpu()
 
     return on_all_processes(drawn, np.arange(N), (1, cfg.image_size, cfg.image_size), device)
+
+
+# ---------------------------------------- what is given
+
+
+def given_to(cfg, N, wanted, seed=EVAL_SEED, device="cpu"):
+    """The conditions of N pictures, on the CPU: conditions.Given; None: the network knows none.
+
+    wanted  {"class": one of data.CLASSES; "lung", "infection": where the masks are}, or None for
+            each. Masks are in a file, or in the files of a folder, which are taken in turn; or a
+            run draws them, one for each picture.
+
+    UserError: a file that is no mask; a run that does not draw such masks.
+    """
+    given = conditions.unknown(cfg, N)
+    if wanted.get("class"):
+        given.label[:] = 1 + data.CLASSES.index(wanted["class"])
+    for place, kind in enumerate(conditions.masks_of(cfg.given)):
+        where = wanted.get(kind)
+        if where and (where.endswith(".pt") or Path(where, "last.pt").is_file()):
+            given.masks[:, place] = masks_drawn(where, kind, cfg, given, seed, device)
+        elif where:
+            masks = masks_read(where, cfg.image_size)
+            given.masks[:, place] = masks[np.arange(N) % len(masks)]
+    return given
+
+
+def masks_read(where, size):
+    """The masks in a file, or in the files of a folder: (n, S, S) float32, -1 or +1."""
+    files = [where]
+    if Path(where).is_dir():
+        files = [Path(where, name) for name in pairs.image_files(where)[0]]
+    masks = np.stack([data.resize_mask(data.read_mask(file), size) for file in files])
+    return torch.from_numpy(masks) * 2.0 - 1
+
+
+def masks_drawn(run, kind, cfg, given, seed, device):
+    """A mask for each picture, drawn by a run: (N, S, S) float32, -1 or +1.
+
+    The run is given what it knows of `given`, such as the lungs for the mask of an infection.
+    """
+    model, own, _ = runs.load_run(run, device)
+    own, size = devices.in_precision_of(own, device), cfg.image_size
+    rule = f"--{kind}-mask must be a run that draws {kind} masks at {size}x{size}, got {run}"
+    refuse((own.task, own.draw, own.image_size) != ("synthesis", kind, size), rule)
+    known, N = conditions.selected(given, cfg.given, own.given), conditions.number_of(given)
+    progress = passes_line(f"drawing {kind} masks: passes", N * passes_of(own))
+    drawn = draw(model, own, known, N, device, progress, seed)
+    return (drawn[:, 0] > 0) * 2.0 - 1

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import batches
+import conditions
 import config
 import data
 import diffusion
 import score
+from conditions import Given
 from testing import tensors, tiny
 
 # ---------------------------------------- the batch of a step
@@ -30,6 +32,36 @@ def test_a_batch_is_the_files_of_its_rows_with_the_noise_of_its_step(supervised)
         assert torch.equal(t, expected[0]) and torch.equal(eps, expected[1])
     x0, y, *_ = batches.batch(cfg, 3, images, None)
     assert y is None and torch.equal(x0, data.to_float(images[rows]))
+
+
+def test_a_batch_of_pictures_is_given_what_is_left_of_the_conditions_of_its_rows():
+    """x0 are the pictures, y is by conditions.some_of with the draw of the step; in parts too."""
+    cfg = tiny(task="synthesis", cond="concat", given="class+lung", drop=0.6)
+    images, masks = tensors(6)
+    given = Given(masks, torch.arange(6) % 3 + 1)
+    batch = batches.batch(cfg, 3, images, given)
+    rows = batches.batch_indices(cfg, 6, 3)
+    taken = batches.generator(cfg.seed, diffusion.Purpose.CONDITIONS, 3)
+    y = conditions.some_of(conditions.rows_of(given, rows), 0.6, taken)
+    assert torch.equal(batch.x0, data.to_float(images[rows]))
+    assert torch.equal(batch.y.masks, y.masks) and torch.equal(batch.y.label, y.label)
+    parts = batch.parts(3)
+    assert [len(part.y.label) for part in parts] == [len(part.x0) for part in parts] == [3, 1]
+    assert torch.equal(torch.cat([part.y.masks for part in parts]), y.masks)
+    assert not torch.equal(batches.batch(cfg, 4, images, given).y.masks, y.masks)
+
+
+@pytest.mark.parametrize("given", ["", "class", "class+lung+infection"])
+def test_noise_stands_for_a_split_where_a_step_is_timed(given):
+    """As many pictures and masks as the network takes, in the ranges of a split."""
+    cfg = tiny(task="synthesis", given=given)
+    images, others = batches.on_device(cfg, batches.noise_split(cfg, 5), "cpu")
+    assert images.shape == (5, 1, 16, 16) and images.dtype == torch.uint8 and images.max() > 250
+    assert (others is None) == (given == "")
+    if others and others.masks is not None:
+        assert others.masks.shape == (5, 2, 16, 16) and others.masks.unique().tolist() == [0, 255]
+    images, masks = batches.on_device(tiny(), batches.noise_split(tiny(), 5), "cpu")
+    assert masks.shape == images.shape and masks.unique().tolist() == [0, 255]
 
 
 def test_micro_batches_divide_the_images_each_beside_its_own_xray_t_and_eps():

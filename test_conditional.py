@@ -9,9 +9,10 @@ from torch.nn import functional as F
 import conditional
 import diffusion
 from conditional import ConditionalUNet
+from conditions import Given
 from rrdb import ConditionEmbedder
 from test_unet import SMALL, awake, batch, changed, close, parameters_of, randn
-from unet import CrossAttention
+from unet import CrossAttention, timestep_embedding
 
 CONDITIONINGS = [*conditional.CONDITIONINGS, None]
 
@@ -165,3 +166,44 @@ def test_sec42_an_unknown_conditioning_is_refused_in_words():
     refusal = "one of ('add', 'lift', 'concat', 'none', 'cross') or None, got 'film'"
     with pytest.raises(ValueError, match=re.escape(refusal)):
         ConditionalUNet("film", **SMALL)
+
+
+# ---------------------------------------- §4: what an X-ray is drawn from
+
+
+@pytest.mark.parametrize("cond", conditional.CONDITIONINGS)
+def test_sec4_masks_that_are_given_enter_as_the_xray_of_a_mask_does(cond):
+    """Two masks in place of one X-ray: the same layers, with two channels of y."""
+    net = small(cond, y_channels=2)
+    xt, t, y = batch()
+    masks = torch.cat([y, y.flip(3)], 1)
+    assert torch.equal(net(xt, t, Given(masks, None)), net.denoise(xt, t, net.embed(masks)))
+    assert not torch.equal(net(xt, t, Given(masks, None)), net(xt, t, Given(masks.flip(1), None)))
+
+
+def test_sec4_the_class_is_added_to_the_time_embedding_of_its_own_picture():
+    """0, no class, has a vector too; without classes nothing is added."""
+    net = small(None, classes=3)
+    xt, t, _ = batch(4)
+    seen = []
+    for block in net.unet.encoder:
+        block.register_forward_pre_hook(lambda m, args: seen.append(args[1]))
+    label = torch.tensor([0, 3, 1, 1])
+    answer = net(xt, t, Given(None, label))
+    close(seen[0], net.unet.time(timestep_embedding(t, 24)) + net.of_class.weight[label])
+    assert all(torch.equal(emb, seen[0]) for emb in seen)
+    close(answer[2:3], net(xt[2:3], t[2:3], Given(None, label[2:3])), rel=1e-4, abs=1e-5)
+    plain = net.denoise(xt, t, None)
+    close(seen[-1], net.unet.time(timestep_embedding(t, 24)))
+    assert (plain - answer).abs().amax((1, 2, 3)).min() > 1e-4
+
+
+def test_sec4_a_network_without_classes_has_the_weights_it_always_had():
+    """The classes are drawn last: what a seed gives the other layers stays as it is."""
+    torch.manual_seed(0)
+    plain = ConditionalUNet("concat", growth=4, **SMALL).state_dict()
+    torch.manual_seed(0)
+    more = ConditionalUNet("concat", growth=4, classes=3, **SMALL).state_dict()
+    assert set(more) - set(plain) == {"of_class.weight"}
+    assert all(torch.equal(plain[name], more[name]) for name in plain)
+    assert more["of_class.weight"].shape == (4, 96)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import conditions
 import networks
 from config import SETTINGS
 from test_config import configured
@@ -87,3 +88,19 @@ def test_each_switch_of_the_conditioning_reaches_the_network():
         for model in ("unet", "report-unet")
     ]
     assert widths == [64, 192, 64, 192, 32, 16]
+
+
+def test_a_network_that_draws_takes_in_what_it_is_given():
+    """A channel of y for each mask, a vector for each class and one for none; in patches p^2."""
+
+    def net(given, size=16):
+        cond = "concat" if conditions.masks_of(given) else None
+        how = dict(task="synthesis", cond=cond, given=given, image_size=size)
+        return networks.build_model(tiny(**how))
+
+    both = net("class+lung+infection")
+    assert both.embedder.lift.in_channels == 2 and both.of_class.num_embeddings == 1 + 3
+    only = net("class")
+    assert only.embedder is None and only.unet.in_channels == 1 and only.of_class is not None
+    assert net("infection").embedder.lift.in_channels == 1 and net("infection").of_class is None
+    assert net("lung+infection", 128).embedder.lift.in_channels == 2 * 4

@@ -19,10 +19,12 @@ import figures
 import fullsize
 import metrics
 import networks
+import pairs
 import runs
 import sample
 import synthesis as drawing
 from conditional import ConditionalUNet
+from conditions import Given
 from testing import CPU
 
 S = 16  # the network's image size
@@ -719,6 +721,115 @@ def test_results_do_not_go_into_a_folder_that_is_given(lung, call, tmp_path, way
     status, _, err = call(lung, "--images", folder, *out)
     rule = "--out must not be a folder of --images or --masks, where nothing is written, got "
     assert status == 2 and rule in err and contents(folder) == before
+
+
+# ---------------------------------------- X-rays from what is given: §4
+
+
+def drawing_run(folder, given="", draw="X-rays", **changes):
+    cond = "concat" if given.replace("class", "") else None
+    return write_run(folder, settings("synthesis", cond=cond, given=given, draw=draw, **changes))
+
+
+def test_a_class_and_its_guidance_change_the_xrays_and_nothing_given_does_not(tmp_path, call):
+    """The pictures of synthesis.sample_images for these conditions; the same noise for all."""
+    run = drawing_run(tmp_path / "run", "class")
+
+    def drawn(name, *words):
+        assert call(run, "-n", 2, *words, "--out", tmp_path / name)[0] == 0
+        return [read(tmp_path / name / f"sample-000{i}.png") for i in (0, 1)]
+
+    model, cfg, _ = runs.load_run(run)
+    for name, words, w, label in (
+        ("none", (), 0.0, 0),
+        ("covid", ("--class", "COVID-19"), 0.0, 1),
+        ("normal", ("--class", "Normal"), 0.0, 3),
+        ("guided", ("--class", "Normal", "--guidance", 3), 3.0, 3),
+    ):
+        given = Given(None, torch.tensor(2 * [label]))
+        how = dataclasses.replace(cfg, guidance=w)
+        x0 = drawing.sample_images(model, how, range(2), given=given)
+        assert np.array_equal(drawn(name, *words), data.to_uint8(x0)[:, 0])
+    pictures = [
+        drawn(name + "2", *words) for name, words in (("a", ()), ("b", ("--class", "Normal")))
+    ]
+    assert not np.array_equal(*pictures)
+
+
+def test_pairs_are_a_folder_that_train_py_takes(tmp_path, call):
+    """A mask first, an X-ray for it next: images/ and masks/, a pair of each name."""
+    run = drawing_run(tmp_path / "run", "lung")
+    masks = drawing_run(tmp_path / "of masks", draw="lung", target="x0")
+    assert call(run, "--lung-mask", masks, "-n", 5, "--out", tmp_path / "pairs")[0] == 0
+    found, line = pairs.find(tmp_path / "pairs")
+    assert len(found) == 5 and "5 pairs" in line
+    model, cfg, _ = runs.load_run(masks)
+    drawn = drawing.draw(model, cfg, None, 5, torch.device("cpu")) > 0
+    written = np.stack([read(tmp_path / f"pairs/masks/sample-{i:04}.png") for i in range(5)])
+    assert np.array_equal(written[:, None], np.uint8(255) * drawn.numpy())
+    assert 0 < drawn.float().mean() < 1
+    model, cfg, _ = runs.load_run(run)
+    x0 = drawing.sample_images(model, cfg, range(5), given=Given(drawn * 2.0 - 1, None))
+    written = np.stack([read(tmp_path / f"pairs/images/sample-{i:04}.png") for i in range(5)])
+    assert np.array_equal(written[:, None], data.to_uint8(x0))
+
+
+def test_masks_of_files_are_taken_in_turn_and_two_kinds_have_two_folders(tmp_path, call):
+    """Three lung masks for five X-rays; one infection mask for all; each is written beside it."""
+    run = drawing_run(tmp_path / "run", "lung+infection")
+    rng = np.random.default_rng(0)
+    masks = [np.uint8(255) * (rng.random((S, S)) > 0.5) for _ in range(3)]
+    for i, mask in enumerate(masks):
+        save(tmp_path / "lungs" / f"{i}.png", mask)
+    one = save(tmp_path / "one.png", masks[0].T)
+    words = ("--lung-mask", tmp_path / "lungs", "--infection-mask", one, "-n", 5)
+    status, out, _ = call(run, *words, "--out", tmp_path / "out")
+    assert status == 0 and "16 files" in out
+    for i in range(5):
+        lung = read(tmp_path / "out" / "lung-masks" / f"sample-000{i}.png")
+        infection = read(tmp_path / "out" / "infection-masks" / f"sample-000{i}.png")
+        assert np.array_equal(lung, masks[i % 3]) and np.array_equal(infection, masks[0].T)
+    assert len(contents(tmp_path / "out" / "images")) == 5
+    # One kind alone: the other is not given, and the X-rays are others
+    call(run, "--infection-mask", one, "-n", 5, "--out", tmp_path / "less")
+    assert sorted(f.name for f in (tmp_path / "less").iterdir()) == [
+        "images",
+        "masks",
+        "samples.png",
+    ]
+    both, less = (read(tmp_path / name / "images/sample-0001.png") for name in ("out", "less"))
+    assert not np.array_equal(both, less)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("class --lung-mask m", "--lung-mask needs a run that was trained with --given lung; "),
+        ("lung --class Normal", "--class needs a run that was trained with --given class; "),
+        ("plain --guidance 1", "--guidance needs a run that is --given something, got 1.0"),
+        ("class --guidance -2", "--set guidance must be between -1 and 100, got -2.0"),
+        ("lung --lung-mask gray", "a mask has the values 0 and 255, or 0 and 1; found 7"),
+        (
+            "lung --lung-mask class",
+            "--lung-mask must be a run that draws lung masks at 16x16, got ",
+        ),
+        ("lung --lung-mask empty", "empty: must hold image files"),
+        ("lung --lung-mask none", "none: cannot be read: [Errno 2] No such file or directory"),
+        ("masks --class Normal --images m", "--class is about X-rays that are drawn; "),
+    ],
+)
+def test_what_cannot_be_given_is_refused_in_one_line(tmp_path, call, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("class", "lung", "plain"):
+        drawing_run(tmp_path / name, name.replace("plain", ""))
+    write_run(tmp_path / "masks", settings())
+    save(tmp_path / "m.png", np.zeros((S, S), np.uint8)).rename("m")
+    save(tmp_path / "gray.png", np.full((S, S), 7, np.uint8)).rename("gray")
+    (tmp_path / "empty").mkdir()
+    status, _, err = call(*words.split())
+    assert status == 2 and err.splitlines()[-1].startswith("sample.py: error: ")
+    assert message in err.splitlines()[-1] and "Traceback" not in err
+    assert not list(tmp_path.rglob("sample*.png"))
 
 
 # ---------------------------------------- refusals

@@ -8,9 +8,11 @@ import torch
 
 import data
 import diffusion
+import evaluate
 import metrics
 import networks
 import synthesis
+from conditions import Given
 from testing import CPU, shake, split, tiny
 
 
@@ -102,3 +104,83 @@ def test_sec3_samples_are_compared_with_one_half_of_the_held_out_images(monkeypa
     of_three = dataclasses.replace(cfg, eval_images=3)
     synthesis.distances_to_held_out(model, of_three, held_out, CPU)
     assert [list(map(len, pair)) for pair in pairs[2:]] == [[3, 3], [3, 3]]
+
+
+# ---------------------------------------- from what is given
+
+
+class Believer:
+    """A network that knows its image: x_0 is what is given, -0.5 where nothing is."""
+
+    def embed(self, y):
+        return torch.where(y.label > 0, y.label / 4.0, -0.5).view(-1, 1, 1, 1)
+
+    def denoise(self, xt, t, e):
+        return e.expand_as(xt)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "ode", "sde"])
+def test_guidance_reaches_every_sampler_and_counts_its_passes(sampler):
+    """Both answers are x_0: guided it is (1 + w) x_0 - w (-0.5), clipped; two calls a pass."""
+    cfg = tiny(task="synthesis", cond=None, given="class", target="x0", sampler=sampler)
+    T = 20 if sampler == "ddpm" else 1000
+    cfg = dataclasses.replace(cfg, T=T, ddim_steps=7, eval_images=2)
+    given, passed = Given(None, torch.tensor([1, 2])), []
+    for w in (0.0, 0.5):
+        how = dataclasses.replace(cfg, guidance=w)
+        x0 = synthesis.sample_images(Believer(), how, range(2), given=given, progress=passed.append)
+        expected = (1 + w) * torch.tensor([0.25, 0.5]) + w * 0.5
+        assert torch.allclose(x0.mean((1, 2, 3)), expected.clamp(-1, 1), atol=0.06), w
+        assert sum(passed) == evaluate.images_sampled(how, {"Val": 4})
+        passed.clear()
+    nothing = synthesis.sample_images(Believer(), cfg, range(2))
+    assert torch.allclose(nothing.mean((1, 2, 3)), torch.full((2,), -0.5), atol=0.06)
+
+
+def test_a_run_is_measured_on_pictures_of_what_each_held_out_one_is_given(monkeypatch):
+    """Eq. (7) and the samples: row by row the label of the picture that they are compared with."""
+    cfg = tiny(task="synthesis", cond=None, given="class", target="x0", eval_images=4)
+    names = [f"{data.CLASSES[i % 3]}/{i}.png" for i in range(8)]
+    val, seen = split(8)._replace(names=names, masks=None), []
+    label = torch.tensor([1 + i % 3 for i in range(8)])
+
+    def l_simple(s, model, x0, y, *_):
+        rows = [int((data.to_float(val.images) == x).flatten(1).all(1).nonzero()) for x in x0]
+        seen.append(torch.equal(y.label, label[rows]))
+        return torch.zeros(())
+
+    monkeypatch.setattr(diffusion, "l_simple", l_simple)
+    assert synthesis.eq7_loss(None, cfg, val, CPU)["images"] == 4 and seen == [True]
+    model = networks.build_model(cfg)
+    monkeypatch.setattr(synthesis, "cast_once", lambda *_: Believer())
+    _, samples = synthesis.distances_to_held_out(model, cfg, val, CPU)
+    order = np.random.default_rng(evaluate.EVAL_SEED).permutation(8)
+    half = np.array_split(order, 2)[1]
+    expected = data.to_uint8(label[half].float() / 4)
+    assert np.abs(samples.mean((1, 2, 3)) - expected).max() <= 6
+
+
+def test_masks_are_drawn_by_a_run_from_what_it_knows_of_the_others(tmp_path, monkeypatch):
+    """Lungs first, then the infection of these lungs; and what is drawn is given as -1 and +1."""
+    asked = []
+
+    def load_run(where, device):
+        given = {"lungs": "", "infections": "lung"}[where]
+        draws = tiny(task="synthesis", cond=None, draw=where[:-1], given=given)
+        return where, draws, 7
+
+    def draw(model, cfg, known, N, device, progress, seed):
+        asked.append((model, known, seed))
+        return torch.linspace(-1, 1, N * 256).view(N, 1, 16, 16) * (1 if model == "lungs" else -1)
+
+    monkeypatch.setattr(synthesis, "draw", draw)
+    cfg = tiny(task="synthesis", cond="concat", given="class+lung+infection")
+    wanted = {"class": "Non-COVID", "infection": "infections.pt", "lung": "lungs.pt"}
+    monkeypatch.setattr(synthesis.runs, "load_run", lambda p, d: load_run(p.removesuffix(".pt"), d))
+    given = synthesis.given_to(cfg, 4, wanted, 5, CPU)
+    lungs = torch.where(draw("lungs", *[None] * 1, None, 4, None, None, 5) > 0, 1.0, -1.0)
+    assert torch.equal(given.masks, torch.cat([lungs, -lungs], 1))
+    assert given.label.tolist() == [2] * 4
+    (_, none, seed), (_, known, _) = asked[:2]
+    assert none is None and seed == 5
+    assert torch.equal(known.masks, lungs) and known.label is None
