@@ -20,6 +20,7 @@ import config
 import data
 import diffusion
 import fullsize
+import image_metrics
 import metrics
 import score
 from console import Parser, UserError, exit_status, message, passes_line, path_of
@@ -311,7 +312,7 @@ def distances_to_held_out(model, cfg, held_out, device, progress=None):
     """How far samples are from one half of the held-out images, and how far the other half is.
 
     The distance of the two halves is what a perfect model can hope for. held_out: (N, 1, H, W)
-    uint8. Returns ({name: Fréchet distance of metrics.image_features}, samples as uint8).
+    uint8. Returns ({name: Fréchet distance of image_metrics.image_features}, samples as uint8).
     """
     order = np.random.default_rng(EVAL_SEED).permutation(len(held_out))
     other, half = np.array_split(order, 2)
@@ -322,11 +323,10 @@ def distances_to_held_out(model, cfg, held_out, device, progress=None):
 
     samples = on_all_processes(samples_of, np.arange(len(half)), held_out.shape[1:], device)
     images = samples, data.to_float(held_out[half]), data.to_float(held_out[other[: len(half)]])
-    ours, reference, others = (metrics.image_features(x) for x in images)
-    return {
-        "Fréchet distance": metrics.frechet_distance(ours, reference),
-        "Fréchet distance of two held-out halves": metrics.frechet_distance(others, reference),
-    }, data.to_uint8(samples)
+    ours, reference, others = map(image_metrics.image_features, images)
+    distances = [image_metrics.frechet_distance(x, reference) for x in (ours, others)]
+    names = "Fréchet distance", "Fréchet distance of two held-out halves"
+    return dict(zip(names, distances)), data.to_uint8(samples)
 
 
 def quality(line):

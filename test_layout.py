@@ -14,7 +14,7 @@ from diffusion import Purpose
 ROOT = Path(__file__).resolve().parent
 LEVELS = [  # a module imports project modules of lower levels only
     {"diffusion", "rrdb", "metrics", "console", "figures", "peers"},
-    {"unet", "score", "data", "probes"},
+    {"unet", "score", "data", "probes", "image_metrics"},
     {"ambiguous", "baselines", "batches", "devices", "fullsize", "patches", "pairs"},
     {"config", "phantoms"},
     {"evaluate", "runs"},
