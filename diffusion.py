@@ -312,6 +312,8 @@ class Purpose(enum.IntEnum):
     FROM_SCRATCH = 9  # the batches of those images
     AMBIGUOUS = 10  # pictures whose mask is uncertain
     BOOTSTRAP = 11  # which images are counted how often
+    JUDGE = 12  # weights, batches and alterations of a classifier of X-rays
+    ALTERATION = 13  # what happens to the X-rays that measure it
 
 
 def philox(seed, purpose, i, member=0):
