@@ -117,12 +117,16 @@ def test_kernel_distance_is_right_on_average_even_of_few_numbers(m):
     assert abs(found.mean() - (3 * m**2 + 3 * m**4 + (m**3 + 3 * m) ** 2)) < 3 * chance < 0.5
 
 
-@pytest.mark.parametrize("shift", [0, 0.1, 1])
-def test_the_error_of_kernel_distance_is_its_spread(shift):
-    """Over 600 worlds of 60 and 40 points in six dimensions: laws that are equal, near, far."""
+@pytest.mark.parametrize("shift, excess", [(0, 1.2), (0.1, 1.1), (1, 1)])
+def test_the_error_of_kernel_distance_is_its_spread(shift, excess):
+    """Over 600 worlds of 60 and 40 points in six dimensions: laws that are equal, near, far.
+
+    A fifth more where the laws are equal; without V_2's part it would be sqrt(2).
+    """
     worlds = [(gaussian(60, 6, 2 * k), shift + gaussian(40, 6, 2 * k + 1)) for k in range(600)]
     found, errors = np.array([kernel_distance(*world) for world in worlds]).T
-    assert np.mean(errors**2) ** 0.5 == pytest.approx(found.std(), rel=0.1)
+    assert np.mean(errors**2) ** 0.5 == pytest.approx(excess * found.std(), rel=0.1)
+    assert errors.min() > 0.5 * excess * found.std() * (shift < 1)
 
 
 def test_the_error_of_kernel_distance_leaves_out_one_image_at_a_time():
