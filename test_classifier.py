@@ -11,6 +11,7 @@ from torch import nn
 import classifier
 import console
 import data
+import image_metrics
 import phantoms
 from classifier import ALTERATIONS, Classifier
 from testing import chests
@@ -261,3 +262,53 @@ def test_a_wrong_word_is_refused_before_anything_is_drawn(
     said = capsys.readouterr().err
     assert status == 2 and rule in said and said.count("\n") == 1
     assert {Path(n).read_text() for n in ("other.pt", "taken.json")} == {"mine"}
+
+
+# ---------------------------------------- weights/features.pt and weights/judge.pt
+
+
+@pytest.fixture(scope="module")
+def unseen():
+    """360 phantoms that no network has seen, in random order, and their labels."""
+    order = np.random.default_rng(0).permutation(360)
+    return classifier.drawn(77, order), order % 3
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_kept_network_is_as_good_as_its_json_says(name, unseen):
+    """On fresh phantoms, within four standard errors; class and alteration.
+
+    The two networks have phantoms of different seeds.
+    """
+    facts = json.loads((ROOT / "weights" / f"{name}.json").read_text(encoding="utf-8"))
+    found = classifier.accuracy(classifier.load(ROOT / "weights" / f"{name}.pt"), *unseen)
+    for what in ("class", "alteration"):
+        stated = facts["accuracy"][what]
+        error = (stated * (1 - stated) * (1 / 360 + 1 / facts["accuracy"]["images"])) ** 0.5
+        assert abs(found[what] - stated) < 4 * error and stated > 0.88
+    seed = classifier.FIRST_SEED + 2 * KEPT.index(name)
+    assert f"phantoms of seed {seed}," in facts["data"] and facts["seed"] == KEPT.index(name)
+    assert f"phantoms of seed {seed + 1}," in facts["held out"]
+    assert f"--out weights/{name}.pt" in facts["command"]
+    assert {"commit", "hardware", "torch", "minutes"} <= facts.keys()
+
+
+def test_the_features_see_a_blur_that_plain_features_do_not(unseen):
+    """Kernel distance of 180 phantoms from 180 others, in units of its error.
+
+    Less than 3 as they are, more than 10 blurred by 0.5 pixels, which no network was shown;
+    image_features stay below 3.
+    """
+    model = classifier.load(ROOT / "weights" / "features.pt")
+    a, b = data.to_float(unseen[0]).split(180)
+    blurred = classifier.altered(b, "blur", 0.5)
+
+    def features(x):
+        return classifier.answers(model, x).features
+
+    for features_of, least in ((features, 10), (image_metrics.image_features, None)):
+        ours = features_of(a)
+        fresh, error = image_metrics.kernel_distance(ours, features_of(b))
+        assert abs(fresh) < 3 * error
+        far, error = image_metrics.kernel_distance(ours, features_of(blurred))
+        assert far > least * error if least else abs(far) < 3 * error

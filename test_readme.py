@@ -263,7 +263,8 @@ def test_every_result_says_where_it_comes_from():
 
 def test_every_table_of_results_says_where_it_comes_from():
     """Above a table, Source: data, seed, hardware, commit (that of a JSON), command."""
-    texts = [file.read_text(encoding="utf-8") for file in RESULTS.glob("**/*.json")]
+    files = [*RESULTS.glob("**/*.json"), *ROOT.glob("weights/*.json")]
+    texts = [file.read_text(encoding="utf-8") for file in files]
     commits = set(re.findall(r'"([0-9a-f]{7})[+"]', "\n".join(texts)))
     for name, text in TEXTS.items():
         blocks = text.split("\n\n") if name != "README.md" else []
