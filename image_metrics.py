@@ -100,8 +100,8 @@ def kernel_distance(a, b):
 
     The variance is V_1 from single images and V_2 from pairs. Leaving out one image at a time gives
     V_1 + 2 V_2 on average (Efron and Stein 1981). V_2 is measured by itself and taken away. V_1 is
-    0 where the laws are equal. It never counts as less, which makes the error a fifth too large
-    there.
+    0 where the laws are equal. It never counts as less, which makes the error a fifth to a third
+    too large there.
 
     a, b  (N, D), (M, D), N and M at least 3, rows that are independent draws: sets with equally
           many of each class are less than 0 apart. N x M numbers must fit the memory
