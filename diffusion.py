@@ -312,7 +312,9 @@ class Purpose(enum.IntEnum):
     FROM_SCRATCH = 9  # the batches of those images
     AMBIGUOUS = 10  # pictures whose mask is uncertain
     BOOTSTRAP = 11  # which images are counted how often
-    CONDITIONS = 12  # which conditions of a picture are taken away
+    JUDGE = 12  # weights, batches and alterations of a classifier of X-rays
+    ALTERATION = 13  # what happens to the X-rays that measure it
+    CONDITIONS = 14  # which conditions of a picture are taken away
 
 
 def philox(seed, purpose, i, member=0):
@@ -360,10 +362,7 @@ def guided(eps_model, w, nothing):
     nothing  like y: no condition is given
     """
 
-    def model(xt, t, y):
-        return (1 + w) * eps_model(xt, t, y) - w * eps_model(xt, t, nothing)
-
-    return model
+    return lambda xt, t, y: (1 + w) * eps_model(xt, t, y) - w * eps_model(xt, t, nothing)
 
 
 @torch.no_grad()

@@ -355,36 +355,3 @@ def to_nearest(points, others):
     parts = np.array_split(points, 1 + len(points) * len(others) // 2**20)
     squares = [((part[:, None] - others) ** 2).sum(2).min(1) for part in parts]
     return np.concatenate(squares) ** 0.5
-
-
-# ---------------------------------------- synthesis: how far are two sets of X-rays?
-
-
-def image_features(images):
-    """128 plain numbers an image: mean and standard deviation of each cell of an 8x8 grid.
-
-    The means show the layout, the standard deviations the texture.
-
-    images  (N, 1, H, W) in [-1, 1], H and W multiples of 8. Returns (N, 128) float64.
-    """
-    x = as_array(images).astype(np.float64)
-    N, _, H, W = x.shape
-    cells = x.reshape(N, 8, H // 8, 8, W // 8).transpose(0, 1, 3, 2, 4).reshape(N, 64, -1)
-    return np.concatenate([cells.mean(2), cells.std(2)], 1)
-
-
-def frechet_distance(a, b):
-    """Distance between the Gaussians fitted to two sets of features, (N, D) and (M, D).
-
-        |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
-
-    0 when mean and covariance agree. The formula is that of the Fréchet Inception Distance, on
-    whatever features are given: numbers compare within one kind of features only.
-    """
-    C_a, C_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(C_a)
-    root_a = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    eigenvalues = np.linalg.eigvalsh(root_a @ C_b @ root_a)  # also those of C_a C_b
-    root_trace = np.sqrt(eigenvalues.clip(0)).sum()
-    means = np.sum((a.mean(0) - b.mean(0)) ** 2)
-    return float(means + np.trace(C_a) + np.trace(C_b) - 2 * root_trace)

@@ -14,7 +14,7 @@ import conditions
 import data
 import devices
 import diffusion
-import metrics
+import image_metrics
 import pairs
 import runs
 from console import passes_line, refuse
@@ -83,19 +83,21 @@ def eq7_loss(model, cfg, split, device):
 def distances_to_held_out(model, cfg, split, device, progress=None):
     """How far samples are from one half of the held-out images, and how far the other half is.
 
-    The distance of the two halves is what a perfect model can hope for. What is given is given as
-    in the first half. Returns ({name: Fréchet distance of metrics.image_features}, the samples as
-    uint8).
+    The distance of the two halves is what a perfect model can hope for. What is given is that of
+    the first half. Returns ({name: Fréchet distance of image_metrics.image_features}, the samples
+    as uint8).
     """
     order = np.random.default_rng(EVAL_SEED).permutation(len(split.images))
     other, half = np.array_split(order, 2)
     half, given = half[: cfg.eval_images], conditions.of_split(cfg, split)
     samples = draw(model, cfg, conditions.rows_of(given, half), len(half), device, progress)
     held_out = (data.to_float(split.images[i]) for i in (half, other[: len(half)]))
-    ours, reference, others = (metrics.image_features(x) for x in (samples, *held_out))
+    ours, reference, others = (image_metrics.image_features(x) for x in (samples, *held_out))
     return {
-        "Fréchet distance": metrics.frechet_distance(ours, reference),
-        "Fréchet distance of two held-out halves": metrics.frechet_distance(others, reference),
+        "Fréchet distance": image_metrics.frechet_distance(ours, reference),
+        "Fréchet distance of two held-out halves": image_metrics.frechet_distance(
+            others, reference
+        ),
     }, data.to_uint8(samples)
 
 

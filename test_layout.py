@@ -14,13 +14,15 @@ from diffusion import Purpose
 ROOT = Path(__file__).resolve().parent
 LEVELS = [  # a module imports project modules of lower levels only
     {"diffusion", "rrdb", "metrics", "console", "figures", "peers"},
-    {"unet", "score", "data", "probes"},
+    {"unet", "score", "data", "probes", "image_metrics"},
     {"ambiguous", "conditions", "fullsize", "pairs"},
     {"batches", "conditional", "devices"},
     {"baselines", "patches"},
     {"config", "phantoms"},
     {"networks"},
-    {"evaluate", "runs"},
+    {"runs"},
+    {"classifier"},
+    {"evaluate"},
     {"synthesis"},
     {"train", "sample", "intervals"},
     {"studies", "benchmark"},
@@ -205,6 +207,8 @@ PURPOSES = {  # each function that begins a stream of random numbers: what it na
     "diffusion.seed_of": set(),
     "batches.generator": set(),
     "compare.rows_of_dice": {"BOOTSTRAP"},
+    "classifier.train_classifier": {"JUDGE"},
+    "classifier.accuracy": {"ALTERATION"},
     "networks.build_model": set(),  # these three have the seed alone
     "evaluate.evaluated_rows": set(),
     "synthesis.distances_to_held_out": set(),

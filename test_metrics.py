@@ -7,7 +7,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import sqrtm
 from scipy.stats import norm
 from sklearn import metrics as sk
 
@@ -25,8 +24,6 @@ from metrics import (
     dice_difference,
     energy_distance,
     expected_calibration_error,
-    frechet_distance,
-    image_features,
     interval_score,
     outline_distance,
     per_image,
@@ -245,57 +242,6 @@ def test_tables_1_and_2_imply_how_many_pixels_are_positive():
     """About 0.22 of a lung image, and 0.13 of an infection image: COVID-19 images alone."""
     shares = [from_table(column)[0] for column in TABLES]
     assert shares == pytest.approx([0.223, 0.227, 0.127, 0.127], abs=0.002)
-
-
-# ---------------------------------------- synthesis
-
-
-def whitened(n, d, seed=0):
-    """n points in d dimensions with mean 0 and covariance I (n - 1 in the denominator), exactly."""
-    z = np.random.default_rng(seed).standard_normal((n, d))
-    z = z - z.mean(0)
-    return z @ np.linalg.inv(np.linalg.cholesky(np.cov(z, rowvar=False))).T
-
-
-def test_fig3_frechet_distance_of_two_known_gaussians_on_common_axes():
-    """Covariances of common axes, standard deviations s_a, s_b: |m_a - m_b|^2 + |s_a - s_b|^2."""
-    axes = np.linalg.qr(np.random.default_rng(1).standard_normal((4, 4)))[0]
-    s_a, s_b = np.array([1.0, 2.0, 0.5, 3.0]), np.array([2.0, 0.1, 0.5, 5.0])
-    a = whitened(50, 4) * s_a @ axes + 1
-    b = whitened(80, 4, seed=2) * s_b @ axes - 1
-    assert frechet_distance(a, b) == pytest.approx(4 * 4 + np.sum((s_a - s_b) ** 2), rel=1e-9)
-
-
-def test_fig3_frechet_distance_is_scipys_square_root_of_the_product():
-    """Covariances without common axes: the trace of sqrtm(C_a C_b); the same either way round."""
-    rng = np.random.default_rng(0)
-    a = rng.standard_normal((40, 5)) @ rng.standard_normal((5, 5))
-    b = rng.standard_normal((30, 5)) + 2
-    C_a, C_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = np.real(sqrtm(C_a @ C_b))
-    want = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(C_a + C_b - 2 * root)
-    assert frechet_distance(a, b) == pytest.approx(want, rel=1e-9)
-    assert frechet_distance(b, a) == pytest.approx(want, rel=1e-9)
-
-
-def test_fig3_frechet_distance_to_itself_is_0():
-    """The same set in another order, with fewer images than features too; a shift is its length."""
-    a = np.random.default_rng(0).standard_normal((20, 30))
-    assert frechet_distance(a, a[::-1]) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(a, a + 2) == pytest.approx(30 * 4, abs=1e-6)
-
-
-def test_fig3_image_features_are_mean_and_texture_of_each_cell_of_a_known_image():
-    """A 16x32 image of 8x8 cells, each its own grey plus a checkerboard of its own height.
-
-    Grey and height come back.
-    """
-    grey, height = np.random.default_rng(0).random((2, 3, 8, 8))
-    board = np.kron(np.ones((8, 8)), np.array([[1, -1, 1, -1], [-1, 1, -1, 1]]))
-    image = np.kron(grey, np.ones((2, 4))) + np.kron(height, np.ones((2, 4))) * board
-    want = np.concatenate([grey.reshape(3, 64), height.reshape(3, 64)], 1)
-    np.testing.assert_allclose(image_features(image[:, None]), want, atol=1e-12)
-    np.testing.assert_allclose(image_features(torch.from_numpy(image[:, None])), want, atol=1e-12)
 
 
 # ---------------------------------------- AUROC

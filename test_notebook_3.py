@@ -9,7 +9,7 @@ import torch
 import data
 import diffusion
 import evaluate
-import metrics
+import image_metrics
 import synthesis
 from testing import CPU, chests, network
 
@@ -65,12 +65,12 @@ def test_ddim_comes_nearer_to_its_limit_with_every_doubling_of_the_passes(net):
 
 def test_samples_in_ten_passes_lie_among_real_phantoms_and_in_two_do_not(net, known, new, samples):
     """Fréchet distance of 32 X-rays from 32 new phantoms, against that of 100 sets of phantoms."""
-    reference, others = metrics.image_features(new[:32]), metrics.image_features(known)
+    reference, others = image_metrics.image_features(new[:32]), image_metrics.image_features(known)
     rng = np.random.default_rng(0)
     chosen = [rng.choice(len(others), 32, replace=False) for _ in range(100)]
-    chance = [metrics.frechet_distance(others[rows], reference) for rows in chosen]
+    chance = [image_metrics.frechet_distance(others[rows], reference) for rows in chosen]
     few, ten = (
-        metrics.frechet_distance(metrics.image_features(x), reference)
+        image_metrics.frechet_distance(image_metrics.image_features(x), reference)
         for x in (drawn(net, 32, ddim_steps=2), samples)
     )
     assert ten < max(chance) < few

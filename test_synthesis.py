@@ -9,7 +9,7 @@ import torch
 import data
 import diffusion
 import evaluate
-import metrics
+import image_metrics
 import networks
 import synthesis
 from conditions import Given
@@ -89,8 +89,10 @@ def test_sec3_samples_are_compared_with_one_half_of_the_held_out_images(monkeypa
         return [image.tobytes() for image in images.numpy()]
 
     pairs, held_out = [], split(9)
-    monkeypatch.setattr(metrics, "image_features", as_bytes)
-    monkeypatch.setattr(metrics, "frechet_distance", lambda *pair: pairs.append(pair) or len(pairs))
+    monkeypatch.setattr(image_metrics, "image_features", as_bytes)
+    monkeypatch.setattr(
+        image_metrics, "frechet_distance", lambda *pair: pairs.append(pair) or len(pairs)
+    )
     cfg = tiny(task="synthesis", cond=None)
     model = networks.build_model(cfg)
     found, samples = synthesis.distances_to_held_out(model, cfg, held_out, CPU)

@@ -1,5 +1,6 @@
 """weights/: small files that are named, come from no machine, and are what their README says."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import runs
 from testing import chests
 
 ROOT = Path(__file__).resolve().parent
-FILES = sorted(ROOT.glob("weights/*.pt"))
+JUDGES = [ROOT / "weights" / name for name in ("features.pt", "judge.pt")]
+FILES = sorted(set(ROOT.glob("weights/*.pt")) - set(JUDGES))
 README = (ROOT / "weights" / "README.md").read_text(encoding="utf-8")
 
 
@@ -25,6 +27,21 @@ def test_each_file_is_small_named_and_ready_to_sample(file):
     assert not re.search(r"/(work|root|home|tmp)/", str(state["config"]))
     model, cfg, step = runs.load_run(file)
     assert step == cfg.steps and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("file", JUDGES, ids=lambda file: file.name)
+def test_a_judge_is_small_and_its_row_is_that_of_its_json(file):
+    """At most 1 MB; class, each class and alteration."""
+    assert file.stat().st_size <= 1e6
+    assert torch.load(file, weights_only=True).keys() == {"classifier"}
+    facts = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    right, name = facts["accuracy"], file.stem
+    each = [row[i] / sum(row) for i, row in enumerate(right["class confusion"])]
+    shares = [f"{share:.3f}" for share in each]
+    cells = [f"[{name}]({name}.json)", f"{right['class']:.4f}", *shares]
+    assert f"| {' | '.join(cells)} | {right['alteration']:.4f} |\n" in README
+    assert f"    {facts['command'].replace(' --phantoms 12000 --steps 2500', '')}\n" in README
+    assert facts["commit"] in README
 
 
 def test_the_lines_of_the_readme_find_the_lungs_of_phantoms(monkeypatch):
