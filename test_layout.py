@@ -25,7 +25,7 @@ LEVELS = [  # a module imports project modules of lower levels only
     {"evaluate"},
     {"synthesis"},
     {"train", "sample", "intervals"},
-    {"studies", "benchmark"},
+    {"studies", "benchmark", "realism"},
     {"compare"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
