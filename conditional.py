@@ -29,6 +29,7 @@ class ConditionalUNet(nn.Module):
 
     features, growth, rrdbs, segdiff  of the embedder (rrdb.py); the rest as UNet
     image_channels                    C of x_t, y and the answer: 1, but in patches.py
+    answers                           2: the answer, then v of a learned variance (improved.py)
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class ConditionalUNet(nn.Module):
         segdiff=False,
         image_size=64,
         image_channels=1,
+        answers=1,
         **unet,
     ):
         super().__init__()
@@ -52,7 +54,8 @@ class ConditionalUNet(nn.Module):
         of_cond = dict(add=features, lift=features, concat=C + features, none=2 * C)
         in_channels = of_cond.get(cond, C)  # x_t alone by cross-attention, or without a condition
         tokens = features * self.patch**2 if cond == "cross" else 0
-        self.unet = UNet(in_channels, C, image_size=image_size, context_channels=tokens, **unet)
+        size = dict(image_size=image_size, context_channels=tokens)
+        self.unet = UNet(in_channels, answers * C, **size, **unet)
         self.lift = nn.Conv2d(C, features, 3, padding=1) if cond == "lift" else None
 
     def embed(self, y):

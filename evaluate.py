@@ -20,6 +20,7 @@ import config
 import data
 import diffusion
 import fullsize
+import improved
 import metrics
 import score
 from console import Parser, UserError, exit_status, message, passes_line, path_of
@@ -54,10 +55,11 @@ REPORT_TABLES = {  # Tables 1 and 2: (addition, concatenation)
 # ---------------------------------------- sampling
 
 
-def eps_model_of(model, cfg, s, device, progress=None):
+def eps_model_of(model, cfg, s, device, progress=None, both=False):
     """The network as the samplers call it, eps_model(xt, t, e), whatever it predicts.
 
-    e = model.embed(y), once for all steps. progress(images) is called after each pass.
+    e = model.embed(y), once for all steps. progress(images) is called after each pass. With `both`
+    it answers (eps, v), see improved.py.
     """
 
     def eps_model(xt, t, e):
@@ -65,7 +67,8 @@ def eps_model_of(model, cfg, s, device, progress=None):
             answer = model.denoise(xt, t, e).float()
         if progress:
             progress(len(xt))
-        return diffusion.eps_of(s, cfg.target, answer, xt, t)
+        eps = diffusion.eps_of(s, cfg.target, answer[:, : xt.shape[1]], xt, t)
+        return (eps, answer[:, xt.shape[1] :]) if both else eps
 
     return eps_model
 
@@ -75,12 +78,8 @@ def passes_of(cfg):
     N, T = cfg.ddim_steps, cfg.T
     if cfg.supervised:
         return 1
-    exact = {
-        "ddpm": T,
-        "ode": 2 * ((N + 1) // 2) - 1,
-        "pc": 2 * ((N - 1) // 2) + 1,
-        "langevin": 10 * ((N - 1) // 10) + 1,
-    }
+    exact = {"ddpm": T, "ode": 2 * ((N + 1) // 2) - 1, "pc": 2 * ((N - 1) // 2) + 1}
+    exact["langevin"] = 10 * ((N - 1) // 10) + 1
     return exact.get(cfg.sampler, N)
 
 
@@ -97,8 +96,8 @@ def sample_with(cfg, s, eps_model, noise, e):
     N, T = cfg.ddim_steps, s.T
     if cfg.sampler == "ddim":
         return diffusion.ddim_sample(s, eps_model, noise, e, N, cfg.eta)
-    if cfg.sampler == "ddpm":
-        return diffusion.ddpm_sample(s, eps_model, noise, e)
+    if cfg.sampler in ("ddpm", "strided"):
+        return improved.ancestral(cfg, s, eps_model, noise, e)
     process = score.process_of(T, cfg.pixel_shift)
     at_time = score.score_of_eps(process, eps_model, T, e, clip=True)
     at_level = score.score_at_level(process, at_time)
@@ -129,21 +128,22 @@ def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None, s
         if progress:
             progress(len(y))
         return (2 * probability - 1)[:, None]
-    s = diffusion.schedule(cfg.T, cfg.pixel_shift, device)
+    s = improved.schedule_of(cfg, device)
     with autocast(cfg, device):
         e = model.embed(y).repeat_interleave(members, 0)
     noise = diffusion.ImageNoise(seed, index, y.shape[1:], members, device)
-    x0 = sample_with(cfg, s, eps_model_of(model, cfg, s, device, progress), noise, e)
+    eps_model = eps_model_of(model, cfg, s, device, progress, cfg.learned)
+    x0 = sample_with(cfg, s, eps_model, noise, e)
     return data.without_nan(x0).unflatten(0, (len(y), members))
 
 
 @torch.inference_mode()
 def sample_images(model, cfg, index, device="cpu", progress=None, seed=EVAL_SEED):
     """X-rays from noise: (B, 1, H, W) in [-1, 1]. Image i comes from (seed, i) alone."""
-    s = diffusion.schedule(cfg.T, cfg.pixel_shift, device)
-    shape = (1, cfg.image_size, cfg.image_size)
-    noise = diffusion.ImageNoise(seed, index, shape, device=device)
-    return sample_with(cfg, s, eps_model_of(model, cfg, s, device, progress), noise, None)
+    s = improved.schedule_of(cfg, device)
+    eps_model = eps_model_of(model, cfg, s, device, progress, cfg.learned)
+    noise = diffusion.ImageNoise(seed, index, (1, cfg.image_size, cfg.image_size), device=device)
+    return sample_with(cfg, s, eps_model, noise, None)
 
 
 def segment(model, cfg, images, rows, device, progress=None):
@@ -290,7 +290,7 @@ def evaluate_images(model, cfg, splits, device, progress=None):
 @torch.inference_mode()
 def eq7_loss(model, cfg, split, device):
     """Eq. (7) on the evaluated rows, with fixed t (uniform) and eps: {"images", "loss"}."""
-    s = diffusion.schedule(cfg.T, cfg.pixel_shift, device)
+    s, alone = improved.schedule_of(cfg, device), improved.without_v(model)
     rows = evaluated_rows(len(split.images), cfg.eval_images)
     x0 = data.to_float(split.images[rows])
     as_eq7 = dict(seed=EVAL_SEED, t_power=1.0, objective="eps")
@@ -299,7 +299,7 @@ def eq7_loss(model, cfg, split, device):
     def summed_loss(i):
         with autocast(cfg, device):
             x, noise = x0[i].to(device), eps[i].to(device)
-            mean = diffusion.l_simple(s, model, x, None, t[i], noise, cfg.target)
+            mean = diffusion.l_simple(s, alone, x, None, t[i], noise, cfg.target)
         return float(mean) * len(i)
 
     losses = [loss for _, loss in in_chunks(summed_loss, np.arange(len(rows)), device)]

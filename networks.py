@@ -21,6 +21,7 @@ def build_model(cfg):
         positions = patches.positions_of(cfg.image_size)
         attention_at = tuple(positions >> level for level in cfg.attention_levels)
         settings |= dict(segdiff=cfg.rrdb == "segdiff", attention_at=attention_at)
+        settings["answers"] = 2 if cfg.variance == "learned" else 1
         net = patches.conditional_unet(cfg.cond, **settings)
         if cfg.stem == "add":
             begin_as_addition(net)

@@ -195,7 +195,7 @@ def test_the_command_line_has_at_most_28_flags_each_in_a_group_with_its_words(ca
 
 
 NAMES = ", ".join(
-    "shift t_power T threshold augment held_out lr_decay warmup max_grad_norm "
+    "variance schedule shift t_power T threshold augment held_out lr_decay warmup max_grad_norm "
     "weight_decay ema channels channel_mult blocks attention_levels head_channels growth rrdbs "
     "rrdb stem eta evaluations eval_every plan".split()
 )

@@ -14,7 +14,7 @@ from diffusion import Purpose
 ROOT = Path(__file__).resolve().parent
 LEVELS = [  # a module imports project modules of lower levels only
     {"diffusion", "rrdb", "metrics", "console", "figures", "peers"},
-    {"unet", "score", "data", "probes"},
+    {"unet", "score", "data", "probes", "improved"},
     {"ambiguous", "batches", "conditional", "devices", "fullsize", "pairs"},
     {"baselines", "patches"},
     {"config", "phantoms"},
@@ -195,6 +195,7 @@ PURPOSES = {  # each function that begins a stream of random numbers: what it na
     "phantoms.phantom": {"PHANTOM"},
     "probes.fit": {"CLASSIFIER"},
     "studies.anomaly_maps": {"ANOMALY_MAP"},
+    "studies.bounds": {"LIKELIHOOD"},
     "studies.few_labels": {"LABELS"},
     "studies.from_scratch": {"FROM_SCRATCH"},
     "studies.probe": {"PROBE"},
