@@ -29,7 +29,7 @@ class ConditionalUNet(nn.Module):
 
     features, growth, rrdbs, segdiff  of the embedder (rrdb.py); the rest as UNet
     image_channels                    C of x_t, y and the answer: 1, but in patches.py
-    answers                           2: the answer, then v of a learned variance (improved.py)
+    answers                           2: the target, then v of a learned variance (improved.py)
     """
 
     def __init__(

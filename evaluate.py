@@ -64,11 +64,11 @@ def eps_model_of(model, cfg, s, device, progress=None, both=False):
 
     def eps_model(xt, t, e):
         with autocast(cfg, device):
-            answer = model.denoise(xt, t, e).float()
+            answer, v = improved.halves(model.denoise(xt, t, e).float(), xt)
         if progress:
             progress(len(xt))
-        eps = diffusion.eps_of(s, cfg.target, answer[:, : xt.shape[1]], xt, t)
-        return (eps, answer[:, xt.shape[1] :]) if both else eps
+        eps = diffusion.eps_of(s, cfg.target, answer, xt, t)
+        return (eps, v) if both else eps
 
     return eps_model
 

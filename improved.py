@@ -6,8 +6,8 @@ Eq. (16)           L_hybrid                           l_vlb, l_hybrid
 Eq. (17)           the cosine schedule                cosine_schedule
 §4, Eq. (19)       S_1 < ... < S_K of the T steps     kept_steps, respaced, strided
 
-A network that learns its variance answers 2C channels: what it always answers, then v. Here (eps,
-v) is such an answer as a pair, and (eps, sigma_t^2) is what diffusion.p_step takes.
+A network that learns its variance answers 2C channels (halves): the target, then v. Below it is a
+model of pairs (eps, v). diffusion.p_step takes pairs (eps, sigma_t^2).
 """
 
 import math
@@ -49,6 +49,15 @@ def schedule_of(cfg, device="cpu"):
 # ---------------------------------------- the learned variance
 
 
+def halves(answer, xt):
+    """A network's answer of 2C channels as (target, v), both like xt; of C channels v is empty.
+
+    v = (1 + the second half) / 2. So a fresh network, which answers 0, stands half way.
+    """
+    C = xt.shape[1]
+    return answer[:, :C], (1 + answer[:, C:]) / 2
+
+
 def least_variance(s):
     """beta~_t (T+1,), but beta~_1 = 0 has no logarithm: beta~_2 stands for it, as in [10]. T >= 2.
 
@@ -63,7 +72,7 @@ def least_variance(s):
 def sigma2(s, v, t):
     r"""Sigma_theta of [10], Eq. (15):   sigma_t^2 = exp(v log beta_t + (1 - v) log beta~_t).
 
-    v  (B, C, H, W), the network's; 0: beta~_t, 1: beta_t; not bounded
+    v  (B, C, H, W), see halves; 0: beta~_t, 1: beta_t; not bounded
     t  int or (B,) int64, 1..T
 
     Returns sigma_t^2 like v: each pixel has its own.
@@ -94,14 +103,14 @@ def l_hybrid(s, model, x0, y, t, eps, target="eps"):
 
         L_hybrid = L_simple + 0.001 L_vlb,   L_vlb = T E_t L_{t-1}
 
-    model  answers (B, 2C, H, W): the target, then v
+    model  answers (B, 2C, H, W), see halves
 
     v learns by L_vlb alone, and all that gives the mean by L_simple alone: no gradient of L_vlb
     goes through eps. L_T has no parameters and is left out. With t of another density
     (batches.draws) both losses weigh it alike.
     """
     xt = diffusion.q_sample(s, x0, t, eps)
-    answer, v = model(xt, t.to(xt.device), y).to(x0.dtype).chunk(2, 1)
+    answer, v = halves(model(xt, t.to(xt.device), y).to(x0.dtype), xt)
     simple = diffusion.l_simple(s, lambda *_: answer, x0, y, t, eps, target)
     mean_of = diffusion.eps_of(s, target, answer.detach(), xt, t)
     vlb = s.T * l_vlb(s, x0, xt, t, mean_of, sigma2(s, v, t)).mean()
@@ -110,7 +119,7 @@ def l_hybrid(s, model, x0, y, t, eps, target="eps"):
 
 def without_v(model):
     """The model without v, for diffusion.l_simple; one that has no v stays as it is."""
-    return lambda xt, t, y: model(xt, t, y)[:, : xt.shape[1]]
+    return lambda xt, t, y: halves(model(xt, t, y), xt)[0]
 
 
 def with_variance(s, model):
