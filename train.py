@@ -49,10 +49,10 @@ SAVE_EVERY = 300  # seconds between checkpoints
 
 def loss_of(cfg):
     """The loss that a run learns by, as loss(model, micro-batch): it is chosen here, once."""
+    l_simple = improved.l_hybrid if cfg.variance == "learned" else diffusion.l_simple
 
     def eq7(model, part):
         s = improved.schedule_of(cfg, part.x0.device)
-        l_simple = improved.l_hybrid if cfg.variance == "learned" else diffusion.l_simple
         return l_simple(s, model, part.x0, part.y, part.t, part.eps, cfg.target)
 
     def sec21(model, part):
