@@ -35,6 +35,7 @@ class ConditionalUNet(nn.Module):
     image_channels                    C of x_t and of the answer: 1, but in patches.py
     y_channels                        of y; None: C
     classes                           that may be given (conditions.py); 0: none
+    answers                           2: the target, then v of a learned variance (improved.py)
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class ConditionalUNet(nn.Module):
         image_channels=1,
         y_channels=None,
         classes=0,
+        answers=1,
         **unet,
     ):
         super().__init__()
@@ -61,7 +63,8 @@ class ConditionalUNet(nn.Module):
         of_cond = dict(add=features, lift=features, concat=C + features, none=C + C_y)
         in_channels = of_cond.get(cond, C)  # x_t alone by cross-attention, or without a condition
         tokens = features * self.patch**2 if cond == "cross" else 0
-        self.unet = UNet(in_channels, C, image_size=image_size, context_channels=tokens, **unet)
+        size = dict(image_size=image_size, context_channels=tokens)
+        self.unet = UNet(in_channels, answers * C, **size, **unet)
         self.lift = nn.Conv2d(C, features, 3, padding=1) if cond == "lift" else None
         self.of_class = nn.Embedding(1 + classes, self.unet.emb_channels) if classes else None
 

@@ -104,6 +104,26 @@ def unknown(cfg, n, device="cpu"):
     return Given(masks, torch.zeros(n, dtype=torch.long, device=device) if knows_classes else None)
 
 
+def guided(eps_model, w, nothing):
+    r"""Classifier-free guidance [8], Eq. (6), as an eps_model of any sampler.
+
+        eps = (1 + w) eps_theta(x_t, t, y) - w eps_theta(x_t, t, nothing)
+
+    w        >= -1. 0: eps_theta itself. -1: without y. Above 0: p(x_t) p(y | x_t)^(1 + w) at each t
+    nothing  like y: no condition is given
+
+    Of a model of pairs (eps, v), see improved.py, eps alone is guided: v is that of y.
+    """
+
+    def model(xt, t, y):
+        given, without = eps_model(xt, t, y), eps_model(xt, t, nothing)
+        if isinstance(given, tuple):
+            return (1 + w) * given[0] - w * without[0], given[1]
+        return (1 + w) * given - w * without
+
+    return model
+
+
 def number_of(given):
     """Of pictures."""
     return len(given.masks if given.label is None else given.label)

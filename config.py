@@ -15,6 +15,7 @@ import baselines
 import conditions
 import devices
 import diffusion
+import improved
 import patches
 from conditional import CONDITIONINGS
 from console import Parser, UserError, path_of, refuse
@@ -25,8 +26,8 @@ NOT_OF = {task: ("group", "threshold") for task in TASKS} | {"masks": ("classes"
 MODELS = ("diffusion", *baselines.U_NETS, "report-unet")  # all but the first answer in one pass
 SIZES, RECIPES = ("report", "small"), ("report", "best")
 OBJECTIVES = ("eps", "ncsn", "vp")
-SAMPLERS = ("ddim", "ddpm", "ode", "sde", "pc", "langevin")
-LEAST_PASSES = {"ode": 3, "sde": 2, "pc": 3, "langevin": 11}
+SAMPLERS = ("ddim", "ddpm", "strided", "ode", "sde", "pc", "langevin")
+LEAST_PASSES = {"strided": 2, "ode": 3, "sde": 2, "pc": 3, "langevin": 11}
 # How an evaluation samples
 PROTOCOL = ("eval_images", "sampler", "ddim_steps", "eta", "guidance", "ensemble")
 RESUMABLE = ("steps", "micro_batch", "eval_every", *PROTOCOL)  # what --resume may change
@@ -74,6 +75,10 @@ class Config:
                              "Eq. (7), §2.1", LEARN, {}, "diffusion", choices=OBJECTIVES)
     target: str = setting("eps", "what the network predicts", "Eq. (7)", LEARN,
                           {"best": "v"}, "diffusion", choices=diffusion.TARGETS)
+    variance: str = setting("beta", "sigma^2 of DDPM; learned: by L_hybrid of [10]", "Eq. (5)",
+                            None, {}, "diffusion", choices=improved.VARIANCES)
+    schedule: str = setting("linear", "of the noise; cosine: that of [10]", "§3.2", None, {},
+                            "diffusion", choices=tuple(improved.SCHEDULES))
     shift: float = setting(1.0, "signal-to-noise ratio times shift^2; below 1: more noise",
                            "arXiv 2301.10972", None, {"best masks": 0.5}, "diffusion",
                            least=1e-3, most=1000)
@@ -158,6 +163,11 @@ class Config:
         """The task whose folders hold the images."""
         with_infections = "infection" in (self.draw, *conditions.kinds_of(self.given))
         return "infection" if with_infections else self.task
+
+    @property
+    def learned(self):
+        """Whether samples are drawn with the variance that the network has learned."""
+        return self.variance == "learned" and self.sampler in ("ddpm", "strided")
 
     @property
     def pixel_shift(self):
@@ -371,6 +381,14 @@ def check(cfg):
     refuse(not least <= passes <= cfg.T, f"{rule}, got {passes}")
     rule = f"--set eta is about --sampler ddim, got {cfg.eta} for --sampler {sampler}"
     refuse(cfg.eta and sampler != "ddim", rule)
+    steps_alone = sampler in ("ddim", "ddpm", "strided")
+    got = f"got --objective {cfg.objective}, --sampler {sampler}"
+    rule = "--set schedule=cosine has steps 1..T; §2.1 here reads its times off the linear schedule"
+    of_21 = cfg.objective != "eps" or not steps_alone
+    refuse(cfg.schedule == "cosine" and of_21, f"{rule}, {got}")
+    rule = "--set variance=learned needs --objective eps, and T of at least 2"
+    no_vlb = cfg.objective != "eps" or cfg.T < 2
+    refuse(cfg.variance == "learned" and no_vlb, f"{rule}, got {cfg.objective} and {cfg.T}")
     for name in NOT_OF[cfg.task]:
         rule, value = f"{flag(name)} must not be given for --task {cfg.task}", getattr(cfg, name)
         refuse(value, f"{rule}, got {', '.join(value) if name == 'classes' else value}")

@@ -66,19 +66,23 @@ def shifted(s, scale):
     """
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be above 0 and finite, got {scale}")
-    abar = scale**2 * s.abar / (1 - s.abar + scale**2 * s.abar)
-    alpha = torch.cat([torch.ones(1, dtype=torch.float64), abar[1:] / abar[:-1]])
+    return of_abar(scale**2 * s.abar / (1 - s.abar + scale**2 * s.abar))
+
+
+def of_abar(abar):
+    """The schedule of these abar_0 = 1, ..., abar_T, (T+1,) float64: Eq. (3) solved for alpha."""
+    alpha = torch.cat([abar[:1], abar[1:] / abar[:-1]])
     return Schedule(1 - alpha, alpha, abar)
 
 
 @functools.lru_cache(maxsize=8)
-def schedule(T, shift=1.0, device="cpu"):
-    """The schedule of a run: §3.2's linear one in T steps, shifted by `shift` unless that is 1.
+def schedule(T, shift=1.0, device="cpu", kind=linear_schedule):
+    """The schedule of a run: kind(T), §3.2's linear one, shifted by `shift` unless that is 1.
 
     It lies on the device, so that no step has to wait for a coefficient from the CPU. Apple's MPS
     has no float64, so there it stays on the CPU.
     """
-    s = linear_schedule(T)
+    s = kind(T)
     s = s if shift == 1 else shifted(s, shift)
     return s if torch.device(device).type == "mps" else Schedule(*(v.to(device) for v in s))
 
@@ -194,16 +198,18 @@ def p_step(s, xt, t, eps, variance="beta", clip=False):
         mu_theta = mu~(x_t, x0_hat)  with  x0_hat = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)
                  = (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t)     (without clipping)
 
-    eps       eps_theta(x_t, t), already evaluated
+    eps       eps_theta(x_t, t), already evaluated; or, from a network that answers its variance
+              too (improved.py), the pair (eps, sigma_t^2), both like xt
     variance  "beta": sigma_t^2 = beta_t (§2; the report prints sigma_t = beta_t),
               or "beta~": that of Eq. (4)
     clip      clamp x0_hat to [-1, 1] first
 
-    Returns (mean like xt, variance (B, 1, 1, 1)).
+    Returns (mean like xt, variance (B, 1, 1, 1), or the sigma_t^2 it was given).
     """
+    eps, var = eps if isinstance(eps, tuple) else (eps, at(sigma2(s, variance), t, xt))
     x0_hat = predict_x0(s, xt, t, eps)
     mean, _ = q_posterior(s, x0_hat.clamp(-1, 1) if clip else x0_hat, xt, t)
-    return mean, at(sigma2(s, variance), t, xt)
+    return mean, var
 
 
 def l_weighted(s, eps_model, x0, t, eps, y=None, variance="beta"):
@@ -243,7 +249,7 @@ def l_simple(s, model, x0, y=None, t=None, eps=None, target="eps"):
 
 
 @torch.no_grad()
-def vlb_terms(s, eps_model, x0, noise, y=None, variance="beta"):
+def vlb_terms(s, eps_model, x0, noise, y=None, variance="beta", clip=False):
     r"""The terms of the variational bound on -log p(x_0) (§2), in bits per dimension: [7], Eq. (5).
 
         L_0     = -log p_theta(x_0 | x_1)                                 the decoder
@@ -255,6 +261,7 @@ def vlb_terms(s, eps_model, x0, noise, y=None, variance="beta"):
 
     x0     (B, C, H, W), 8-bit levels as k / 127.5 - 1
     noise  callable, noise() -> like x0, a fresh draw for every t
+    clip   clamp x0_hat to [-1, 1] at every step
 
     Returns L (T+1, B): entry k is L_k, and L.sum(0) is the bound. T evaluations of the model.
     """
@@ -262,7 +269,7 @@ def vlb_terms(s, eps_model, x0, noise, y=None, variance="beta"):
     for t in range(1, s.T + 1):
         xt = q_sample(s, x0, t, noise())
         eps = eps_model(xt, torch.full((len(x0),), t, device=x0.device), y)
-        mean, var = p_step(s, xt, t, eps, variance)
+        mean, var = p_step(s, xt, t, eps, variance, clip)
         if t == 1:
             var = at(sigma2(s, "beta~"), min(2, s.T), x0) if variance == "beta~" else var
             nats = -discretised_log_likelihood(x0, mean, var.sqrt())
@@ -291,7 +298,7 @@ def discretised_log_likelihood(x0, mean, std):
     return (upper - lower).clamp(min=1e-12).log()
 
 
-# ---------------------------------------- sampling: DDPM [7], DDIM [18], guidance [8]
+# ---------------------------------------- sampling: DDPM [7], DDIM [18]
 
 
 class Purpose(enum.IntEnum):
@@ -315,6 +322,7 @@ class Purpose(enum.IntEnum):
     JUDGE = 12  # weights, batches and alterations of a classifier of X-rays
     ALTERATION = 13  # what happens to the X-rays that measure it
     CONDITIONS = 14  # which conditions of a picture are taken away
+    LIKELIHOOD = 15  # the noise of a bound on -log p(x_0)
 
 
 def philox(seed, purpose, i, member=0):
@@ -351,18 +359,6 @@ class ImageNoise:
     def __call__(self):
         draws = [stream.standard_normal(self.shape, dtype=np.float32) for stream in self.streams]
         return torch.from_numpy(np.stack(draws)).to(self.device)
-
-
-def guided(eps_model, w, nothing):
-    r"""Classifier-free guidance [8], Eq. (6), as an eps_model of any sampler.
-
-        eps = (1 + w) eps_theta(x_t, t, y) - w eps_theta(x_t, t, nothing)
-
-    w        >= -1. 0: eps_theta itself. -1: without y. Above 0: p(x_t) p(y | x_t)^(1 + w) at each t
-    nothing  like y: no condition is given
-    """
-
-    return lambda xt, t, y: (1 + w) * eps_model(xt, t, y) - w * eps_model(xt, t, nothing)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import config
 import data
 import diffusion
 import fullsize
+import improved
 import metrics
 import score
 from console import Parser, UserError, exit_status, message, passes_line, path_of
@@ -52,18 +53,20 @@ REPORT_TABLES = {  # Tables 1 and 2: (addition, concatenation)
 # ---------------------------------------- sampling
 
 
-def eps_model_of(model, cfg, s, device, progress=None):
+def eps_model_of(model, cfg, s, device, progress=None, both=False):
     """The network as the samplers call it, eps_model(xt, t, e), whatever it predicts.
 
-    e = model.embed(y), once for all steps. progress(images) is called after each pass.
+    e = model.embed(y), once for all steps. progress(images) is called after each pass. With `both`
+    it answers (eps, v), see improved.py.
     """
 
     def eps_model(xt, t, e):
         with autocast(cfg, device):
-            answer = model.denoise(xt, t, e).float()
+            answer, v = improved.halves(model.denoise(xt, t, e).float(), xt)
         if progress:
             progress(len(xt))
-        return diffusion.eps_of(s, cfg.target, answer, xt, t)
+        eps = diffusion.eps_of(s, cfg.target, answer, xt, t)
+        return (eps, v) if both else eps
 
     return eps_model
 
@@ -95,8 +98,8 @@ def sample_with(cfg, s, eps_model, noise, e):
     N, T = cfg.ddim_steps, s.T
     if cfg.sampler == "ddim":
         return diffusion.ddim_sample(s, eps_model, noise, e, N, cfg.eta)
-    if cfg.sampler == "ddpm":
-        return diffusion.ddpm_sample(s, eps_model, noise, e)
+    if cfg.sampler in ("ddpm", "strided"):
+        return improved.ancestral(cfg, s, eps_model, noise, e)
     process = score.process_of(T, cfg.pixel_shift)
     at_time = score.score_of_eps(process, eps_model, T, e, clip=True)
     at_level = score.score_at_level(process, at_time)
@@ -127,11 +130,12 @@ def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None, s
         if progress:
             progress(len(y))
         return (2 * probability - 1)[:, None]
-    s = diffusion.schedule(cfg.T, cfg.pixel_shift, device)
+    s = improved.schedule_of(cfg, device)
     with autocast(cfg, device):
         e = model.embed(y).repeat_interleave(members, 0)
     noise = diffusion.ImageNoise(seed, index, y.shape[1:], members, device)
-    x0 = sample_with(cfg, s, eps_model_of(model, cfg, s, device, progress), noise, e)
+    eps_model = eps_model_of(model, cfg, s, device, progress, cfg.learned)
+    x0 = sample_with(cfg, s, eps_model, noise, e)
     return data.without_nan(x0).unflatten(0, (len(y), members))
 
 

@@ -23,6 +23,7 @@ def build_model(cfg):
         positions = patches.positions_of(cfg.image_size)
         attention_at = tuple(positions >> level for level in cfg.attention_levels)
         settings |= dict(segdiff=cfg.rrdb == "segdiff", attention_at=attention_at)
+        settings["answers"] = 2 if cfg.variance == "learned" else 1
         if cfg.given:
             kinds = conditions.kinds_of(cfg.given)
             settings |= dict(y_channels=len(conditions.masks_of(cfg.given)))

@@ -39,12 +39,12 @@ def to_patches(x, p):
 
 
 def to_pixels(x, p):
-    """(B, p^2, H, W) -> (B, 1, p H, p W), the inverse of to_patches."""
+    """(B, n p^2, H, W) -> (B, n, p H, p W), image by image the inverse of to_patches."""
     return F.pixel_shuffle(x, p)
 
 
 class PatchUNet(ConditionalUNet):
-    """eps_theta(x_t, y, t) of §4.2 on patches: x_t, y and the answer are (B, 1, p S, p S).
+    """eps_theta(x_t, y, t) of §4.2 on patches: x_t, y and each answer are (B, 1, p S, p S).
 
     features  channels of RRDB(y): the first multiple of p^2 that is 16 or more. Addition adds pixel
               k of each patch of x_t to every p^2-th of them, from the k-th on

@@ -1,12 +1,15 @@
-r"""Two studies of §4.1 with a trained network that never saw a mask.
+r"""Three studies with a trained network that never saw a mask: two of §4.1, one of [10].
 
     python studies.py anomalies runs/synthesis-Normal-0      infections as what is not expected [12]
     python studies.py labels runs/synthesis-0 --task lung    masks from 5 to 50 labelled images [3]
+    python studies.py likelihood runs/synthesis-0            bits per dimension in few passes [10]
 
 anomalies  The run has learned --classes Normal. Its maps of what it does not expect in COVID-19
            X-rays, inside the lungs, are held against the true infections.
 labels     A pixel classifier on the run's activations, and the same U-Net from scratch, both
            trained on the same few labelled images.
+likelihood The variational bound (§2) of X-rays, for each variance of Eq. (5) and number of passes;
+           the learned variance for a run with --set variance=learned.
 
 Each prints a table of what it finds on validation. --out FILE writes all numbers as JSON.
 """
@@ -24,17 +27,28 @@ from torch import nn
 from torch.nn import functional as F
 
 import batches
+import config
 import data
 import devices
 import diffusion
 import evaluate
+import improved
 import metrics
 import networks
 import phantoms
 import probes
 import runs
 import train
-from console import Parser, exit_status, message, path_of, progress_line, refuse, refuse_out
+from console import (
+    Parser,
+    exit_status,
+    message,
+    passes_line,
+    path_of,
+    progress_line,
+    refuse,
+    refuse_out,
+)
 from diffusion import Purpose
 
 # ---------------------------------------- anomaly maps [12]
@@ -55,7 +69,7 @@ def anomaly_maps(model, cfg, images, index, device):
     images  (B, 1, H, W) in [-1, 1]
     index   B ints: the noise of image i comes from i alone
     """
-    s, x0 = diffusion.schedule(cfg.T, cfg.pixel_shift, device), images.to(device)
+    s, x0 = improved.schedule_of(cfg, device), images.to(device)
     eps_model = evaluate.eps_model_of(model, cfg, s, device)
     key = evaluate.EVAL_SEED, index, x0.shape[1:], 1, device, Purpose.ANOMALY_MAP
     noise = diffusion.ImageNoise(*key)
@@ -136,7 +150,7 @@ def probe(model, cfg, x, positive, seed, device, members=10):
 
     x, positive  the labelled images: (n, 1, H, W) in [-1, 1], and bool
     """
-    s, n = diffusion.schedule(cfg.T, cfg.pixel_shift, device), len(model.unet.decoder)
+    s, n = improved.schedule_of(cfg, device), len(model.unet.decoder)
     key = evaluate.EVAL_SEED, [seed], x.shape[1:], NOISES, device, Purpose.PROBE
     noises = diffusion.ImageNoise(*key)()
 
@@ -156,7 +170,7 @@ def probe(model, cfg, x, positive, seed, device, members=10):
 
 def from_scratch(cfg, x, positive, seed, device, steps=200, batch=8):
     """As probe, by the same U-Net with fresh weights: X-ray in, mask out in one pass (t = 1)."""
-    net = networks.build_model(dataclasses.replace(cfg, seed=seed)).to(device)
+    net = networks.build_model(dataclasses.replace(cfg, seed=seed, variance="beta")).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
     cfg = dataclasses.replace(cfg, steps=steps, warmup=steps // 10, lr_decay="cosine")
     g = batches.generator(seed, Purpose.FROM_SCRATCH)
@@ -206,12 +220,71 @@ def few_labels(model, cfg, task, root, device, labels, draws, images, progress):
     return found
 
 
+# ---------------------------------------- bits per dimension [10]
+
+
+def bounds(model, cfg, images, rows, variance, passes, device, progress=None):
+    """The variational bound of these rows, (n,) float64 in bits per dimension, for 8-bit levels.
+
+    images    (N, 1, H, W) uint8
+    variance  of improved.VARIANCES; "learned" needs a network that has learned it
+    passes    of the network, 2..T; progress(images) is called after each
+
+    x0_hat is clipped, as in sampling. The noise of image i comes from i alone: it is the same for
+    every variance and every network.
+    """
+    learned, s = variance == "learned", improved.schedule_of(cfg, device)
+    eps_model = evaluate.eps_model_of(model, cfg, s, device, progress, learned)
+    s, eps_model = improved.walk(s, eps_model, passes, learned)
+
+    def of_chunk(chunk):
+        x0 = data.to_float(images[chunk]).to(device)
+        key = evaluate.EVAL_SEED, chunk, x0.shape[1:], 1, device, Purpose.LIKELIHOOD
+        how = dict(variance=improved.fixed(variance), clip=True)
+        return diffusion.vlb_terms(s, eps_model, x0, diffusion.ImageNoise(*key), **how).sum(0)
+
+    found = [bits.cpu() for _, bits in devices.in_chunks(of_chunk, rows, device)]
+    return torch.cat(found).double().numpy()
+
+
+def likelihood(model, cfg, images, passes, device, n):
+    """The bounds of n X-rays for each variance that the run has, and each number of passes.
+
+    images: (N, 1, H, W) uint8, of validation. Returns a list of {"passes", "variance", "bits": one
+    number an image}.
+    """
+    rows = evaluate.evaluated_rows(len(images), n)
+    fixed = cfg.variance != "learned"
+    variances = improved.VARIANCES[:2] if fixed else improved.VARIANCES
+    total = len(rows) * len(variances) * sum(set(passes))
+    progress, found = passes_line("likelihood: passes", total), []
+    for k in dict.fromkeys(passes):
+        for variance in variances:
+            bits = bounds(model, cfg, images, rows, variance, k, device, progress)
+            found.append({"passes": k, "variance": variance, "bits": bits.tolist()})
+    return found
+
+
 # ---------------------------------------- the command
 
 
 def table(result):
     """What a study found, as Markdown."""
+    if "bounds" in result:
+        return table_of_bounds(result["bounds"])
     return table_of_maps(result["maps"]) if "maps" in result else table_of_labels(result["rows"])
+
+
+def table_of_bounds(bounds):
+    """What `likelihood` found, a row for each number of passes: mean ± standard error."""
+    names = list(dict.fromkeys(found["variance"] for found in bounds))
+    columns = ["passes", *(f"bits per dimension, {name}" for name in names)]
+    rows = {found["passes"]: [str(found["passes"])] for found in bounds}
+    for found in bounds:
+        bits = np.array(found["bits"])
+        error = f" ± {bits.std(ddof=1) / len(bits) ** 0.5:.4f}" if len(bits) > 1 else ""
+        rows[found["passes"]].append(f"{bits.mean():.4f}{error}")
+    return "\n".join(map(evaluate.row_of, [columns, ["---"] * len(columns), *rows.values()]))
 
 
 def table_of_maps(maps):
@@ -240,13 +313,15 @@ def parse(argv):
     """The command line -> argparse.Namespace."""
     formatter = argparse.RawDescriptionHelpFormatter
     p = Parser("studies.py", description=__doc__, formatter_class=formatter)
-    p.add_argument("study", choices=("anomalies", "labels"))
+    p.add_argument("study", choices=("anomalies", "labels", "likelihood"))
     p.add_argument("run", type=path_of, metavar="RUN", help="folder of a trained synthesis run")
     task = dict(choices=("lung", "infection"), default="infection")
     p.add_argument("--task", **task, help="labels: what the masks show; default %(default)s")
     number, counts = dict(type=int, metavar="N"), dict(nargs="+", default=[5, 10, 20, 50])
     p.add_argument("--labels", **number, **counts, help="numbers of labelled images")
     p.add_argument("--draws", **number, default=5, help="how often these images are drawn anew")
+    default = [25, 50, 100, 1000]
+    p.add_argument("--passes", **number, nargs="+", default=default, help="likelihood: numbers of")
     p.add_argument("--images", **number, default=64, help="of validation, at most")
     p.add_argument("--data", type=path_of, metavar="DIR", help="COVID-QU-Ex; default: the run's")
     p.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
@@ -261,9 +336,14 @@ def check(args, cfg):
         refuse(least < 1, f"--{name} must be at least 1, got {least}")
     rule = f"{args.run} must be a synthesis run, got {cfg.task}"
     refuse(cfg.task != "synthesis", rule)
+    rule = f"{args.run} must draw X-rays, from noise alone"
+    refuse(cfg.given or cfg.draw != "X-rays", f"{rule}, got {config.kind_of(cfg)}")
     rule = f"{args.run} must have learned healthy X-rays alone (--classes Normal)"
     others = args.study == "anomalies" and cfg.classes != ("Normal",)
     refuse(others, f"{rule}, got {', '.join(cfg.classes)}")
+    for passes in args.passes if args.study == "likelihood" else ():
+        rule = f"--passes must be between 2 and T = {cfg.T}"
+        refuse(not 2 <= passes <= cfg.T, f"{rule}, got {passes}")
     refuse_out(args.out, "studies.py", STARTS)
 
 
@@ -276,11 +356,14 @@ def carry_out(args):
     model, cfg, step = runs.load_run(args.run, device)
     check(args, cfg)
     cfg = phantoms.find_data(cfg, args.data)
-    task = "infection" if args.study == "anomalies" else args.task
+    task = {"anomalies": "infection", "likelihood": cfg.task}.get(args.study, args.task)
     if Path(cfg.data) == phantoms.PHANTOMS:
         phantoms.ensure_phantoms(task, progress_line("drawing phantoms"))
     how = (args.images, progress_line(args.study))
-    if args.study == "anomalies":
+    if args.study == "likelihood":
+        images = phantoms.splits_of(cfg, ["Val"])["Val"].images
+        result = {"bounds": likelihood(model, cfg, images, args.passes, device, args.images)}
+    elif args.study == "anomalies":
         result = anomalies(model, cfg, cfg.data, device, *how)
     else:
         rows = few_labels(model, cfg, task, cfg.data, device, args.labels, args.draws, *how)

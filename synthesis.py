@@ -15,6 +15,7 @@ import data
 import devices
 import diffusion
 import image_metrics
+import improved
 import pairs
 import runs
 from console import passes_line, refuse
@@ -36,16 +37,16 @@ def sample_images(model, cfg, index, device="cpu", progress=None, seed=EVAL_SEED
     The noise of image i comes from (seed, i) alone.
     given  conditions.Given of the B pictures, on the device; None: nothing is given
     """
-    s = diffusion.schedule(cfg.T, cfg.pixel_shift, device)
+    s = improved.schedule_of(cfg, device)
     shape = (1, cfg.image_size, cfg.image_size)
     noise = diffusion.ImageNoise(seed, index, shape, device=device)
-    eps_model, e = eps_model_of(model, cfg, s, device, progress), None
+    eps_model, e = eps_model_of(model, cfg, s, device, progress, cfg.learned), None
     if cfg.given:
         nothing = conditions.unknown(cfg, len(index), device)
         with autocast(cfg, device):
             e, nothing = (model.embed(y) for y in (nothing if given is None else given, nothing))
         if cfg.guidance:
-            eps_model = diffusion.guided(eps_model, cfg.guidance, nothing)
+            eps_model = conditions.guided(eps_model, cfg.guidance, nothing)
     return sample_with(cfg, s, eps_model, noise, e)
 
 
@@ -63,7 +64,7 @@ def evaluate_images(model, cfg, splits, device, progress=None):
 @torch.inference_mode()
 def eq7_loss(model, cfg, split, device):
     """Eq. (7) on the evaluated rows, with fixed t (uniform) and eps: {"images", "loss"}."""
-    s = diffusion.schedule(cfg.T, cfg.pixel_shift, device)
+    s, alone = improved.schedule_of(cfg, device), improved.without_v(model)
     rows = evaluated_rows(len(split.images), cfg.eval_images)
     x0, given = data.to_float(split.images[rows]), conditions.of_split(cfg, split)
     as_eq7 = dict(seed=EVAL_SEED, t_power=1.0, objective="eps")
@@ -73,7 +74,7 @@ def eq7_loss(model, cfg, split, device):
         y = conditions.rows_of(given, rows[i], device)
         with autocast(cfg, device):
             x, noise = x0[i].to(device), eps[i].to(device)
-            mean = diffusion.l_simple(s, model, x, y, t[i], noise, cfg.target)
+            mean = diffusion.l_simple(s, alone, x, y, t[i], noise, cfg.target)
         return float(mean) * len(i)
 
     losses = [loss for _, loss in in_chunks(summed_loss, np.arange(len(rows)), device)]

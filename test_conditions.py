@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributions import Normal
 
 import conditions
 import data
+import diffusion as D
 from conditions import Given
 from console import UserError
+from test_diffusion import F64, HUNDRED, SAMPLERS, S, close, finite_world, images, noises
 from testing import tiny
 
 
@@ -136,3 +139,78 @@ def test_rows_of_a_split_are_in_minus_1_to_1():
     found = conditions.rows_of(Given(masks, torch.tensor([2, 3])), np.array([1, 0, 1]))
     assert found.masks[:, 0, 0, 0].tolist() == [1, -1, 1] and found.label.tolist() == [3, 2, 3]
     assert conditions.rows_of(None, [0]) is None
+
+
+# ---------------------------------------- guidance [8]
+
+
+def mixture_world(s, means, v):
+    """The exact eps_theta of a mixture of N(m, v), one for each class: y 1, 2, ..., or 0: unknown.
+
+    Its classes are equally likely. One pixel an image.
+    """
+
+    def eps_model(xt, t, y):
+        a, b2 = D.at(s.abar.sqrt(), t, xt), D.at(s.abar, t, xt) * v + D.at(1 - s.abar, t, xt)
+        log_p = torch.stack([Normal(a * m, b2.sqrt()).log_prob(xt) for m in means])
+        score = torch.stack([(a * m - xt) / b2 for m in means])
+        asked = torch.stack([(y == 0) | (y == k) for k in range(1, len(means) + 1)])
+        weight = log_p.masked_fill(~asked[..., None, None, None], -torch.inf).softmax(0)
+        return -D.at((1 - s.abar).sqrt(), t, xt) * (weight * score).sum(0)
+
+    return eps_model
+
+
+@pytest.mark.parametrize("w", [-1.0, 0.0, 0.5, 3.0])
+def test_guidance_of_exact_scores_is_the_score_of_the_sharpened_density(w):
+    """[8]: -eps / sqrt(1 - abar_t) is the gradient of log p(x_t) + (1 + w) log p(y | x_t)."""
+    means, v = (-0.5, 0.1, 0.6), 0.05
+    model = mixture_world(S, means, v)
+    y, nothing = torch.tensor([1, 2, 3]), torch.zeros(3, dtype=torch.long)
+    for t in (1, 200, 999):
+        t = torch.full((3,), t)
+        xt = images(3, 1, 1, 1).requires_grad_()
+        a, b2 = D.at(S.abar.sqrt(), t, xt), D.at(S.abar, t, xt) * v + D.at(1 - S.abar, t, xt)
+        log_p = torch.stack([Normal(a * m, b2.sqrt()).log_prob(xt).flatten() for m in means], 1)
+        log_x = log_p.logsumexp(1)
+        log_y = log_p.gather(1, y[:, None] - 1)[:, 0] - log_x  # log p(y | x_t), up to a constant
+        (score,) = torch.autograd.grad((log_x + (1 + w) * log_y).sum(), xt)
+        eps = conditions.guided(model, w, nothing)(xt.detach(), t, y)
+        close(-eps / D.at((1 - S.abar).sqrt(), t, eps), score, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_guidance_at_every_sampler_draws_the_images_of_the_class(name):
+    """A finite data set, two images a class: w = 0 draws both of a class, w = -1 those of all."""
+    data = images(4, 1, 4, 4).sign() * 0.9
+    pairs = {0: finite_world(HUNDRED, data), 1: finite_world(HUNDRED, data[:2])}
+
+    def model(xt, t, y):
+        return pairs[y](xt, t, None)
+
+    def drawn(w, n=32):
+        noise = noises(torch.empty(n, 1, 4, 4, dtype=F64))
+        x0 = SAMPLERS[name](HUNDRED, conditions.guided(model, w, 0), noise, 1, clip=True)
+        distance = (x0[:, None] - data).abs().amax((2, 3, 4))
+        assert distance.amin(1).max().item() < 1e-5
+        return set(distance.argmin(1).tolist())
+
+    assert drawn(0.0) == drawn(2.0) == {0, 1} and drawn(-1.0) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("w", [-1.0, 0.0, 3.0])
+def test_guidance_leaves_a_learned_variance_as_it_is_where_all_is_given(w):
+    """Pairs (eps, v): eps is guided as it is alone, v that of y, with no part of the other."""
+    xt, t, eps_model = (
+        images(3, 1, 1, 1),
+        torch.tensor([1, 200, 999]),
+        mixture_world(S, (-0.5, 0.6), 0.05),
+    )
+    y, nothing = torch.tensor([1, 2, 2]), torch.zeros(3, dtype=torch.long)
+
+    def both(xt, t, y):
+        return eps_model(xt, t, y), xt * y[:, None, None, None]
+
+    eps, v = conditions.guided(both, w, nothing)(xt, t, y)
+    assert torch.equal(eps, conditions.guided(eps_model, w, nothing)(xt, t, y))
+    assert torch.equal(v, both(xt, t, y)[1])

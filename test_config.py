@@ -195,9 +195,9 @@ def test_the_command_line_has_at_most_30_flags_each_in_a_group_with_its_words(ca
 
 
 NAMES = ", ".join(
-    "draw drop shift t_power T threshold augment held_out lr_decay warmup max_grad_norm "
-    "weight_decay ema channels channel_mult blocks attention_levels head_channels growth rrdbs "
-    "rrdb stem eta evaluations eval_every plan".split()
+    "draw drop variance schedule shift t_power T threshold augment held_out lr_decay warmup "
+    "max_grad_norm weight_decay ema channels channel_mult blocks attention_levels head_channels "
+    "growth rrdbs rrdb stem eta evaluations eval_every plan".split()
 )
 REFUSALS = [
     ("", "--task is needed: one of synthesis, lung, infection, masks"),

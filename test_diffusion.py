@@ -685,60 +685,6 @@ SAMPLERS = {
 }
 
 
-def mixture_world(s, means, v):
-    """The exact eps_theta of a mixture of N(m, v), one for each class: y 1, 2, ..., or 0: unknown.
-
-    Its classes are equally likely. One pixel an image.
-    """
-
-    def eps_model(xt, t, y):
-        a, b2 = D.at(s.abar.sqrt(), t, xt), D.at(s.abar, t, xt) * v + D.at(1 - s.abar, t, xt)
-        log_p = torch.stack([Normal(a * m, b2.sqrt()).log_prob(xt) for m in means])
-        score = torch.stack([(a * m - xt) / b2 for m in means])
-        asked = torch.stack([(y == 0) | (y == k) for k in range(1, len(means) + 1)])
-        weight = log_p.masked_fill(~asked[..., None, None, None], -torch.inf).softmax(0)
-        return -D.at((1 - s.abar).sqrt(), t, xt) * (weight * score).sum(0)
-
-    return eps_model
-
-
-@pytest.mark.parametrize("w", [-1.0, 0.0, 0.5, 3.0])
-def test_guidance_of_exact_scores_is_the_score_of_the_sharpened_density(w):
-    """[8]: -eps / sqrt(1 - abar_t) is the gradient of log p(x_t) + (1 + w) log p(y | x_t)."""
-    means, v = (-0.5, 0.1, 0.6), 0.05
-    model = mixture_world(S, means, v)
-    y, nothing = torch.tensor([1, 2, 3]), torch.zeros(3, dtype=torch.long)
-    for t in (1, 200, 999):
-        t = torch.full((3,), t)
-        xt = images(3, 1, 1, 1).requires_grad_()
-        a, b2 = D.at(S.abar.sqrt(), t, xt), D.at(S.abar, t, xt) * v + D.at(1 - S.abar, t, xt)
-        log_p = torch.stack([Normal(a * m, b2.sqrt()).log_prob(xt).flatten() for m in means], 1)
-        log_x = log_p.logsumexp(1)
-        log_y = log_p.gather(1, y[:, None] - 1)[:, 0] - log_x  # log p(y | x_t), up to a constant
-        (score,) = torch.autograd.grad((log_x + (1 + w) * log_y).sum(), xt)
-        eps = D.guided(model, w, nothing)(xt.detach(), t, y)
-        close(-eps / D.at((1 - S.abar).sqrt(), t, eps), score, rel=1e-6, abs=1e-8)
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_guidance_at_every_sampler_draws_the_images_of_the_class(name):
-    """A finite data set, two images a class: w = 0 draws both of a class, w = -1 those of all."""
-    data = images(4, 1, 4, 4).sign() * 0.9
-    pairs = {0: finite_world(HUNDRED, data), 1: finite_world(HUNDRED, data[:2])}
-
-    def model(xt, t, y):
-        return pairs[y](xt, t, None)
-
-    def drawn(w, n=32):
-        noise = noises(torch.empty(n, 1, 4, 4, dtype=F64))
-        x0 = SAMPLERS[name](HUNDRED, D.guided(model, w, 0), noise, 1, clip=True)
-        distance = (x0[:, None] - data).abs().amax((2, 3, 4))
-        assert distance.amin(1).max().item() < 1e-5
-        return set(distance.argmin(1).tolist())
-
-    assert drawn(0.0) == drawn(2.0) == {0, 1} and drawn(-1.0) == {0, 1, 2, 3}
-
-
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_sec32_sampling_a_finite_data_set_returns_its_images(name, clip):

@@ -14,7 +14,7 @@ from diffusion import Purpose
 ROOT = Path(__file__).resolve().parent
 LEVELS = [  # a module imports project modules of lower levels only
     {"diffusion", "rrdb", "metrics", "console", "figures", "peers"},
-    {"unet", "score", "data", "probes", "image_metrics"},
+    {"unet", "score", "data", "probes", "image_metrics", "improved"},
     {"ambiguous", "conditions", "fullsize", "pairs"},
     {"batches", "conditional", "devices"},
     {"baselines", "patches"},
@@ -199,6 +199,7 @@ PURPOSES = {  # each function that begins a stream of random numbers: what it na
     "phantoms.phantom": {"PHANTOM"},
     "probes.fit": {"CLASSIFIER"},
     "studies.anomaly_maps": {"ANOMALY_MAP"},
+    "studies.bounds": {"LIKELIHOOD"},
     "studies.few_labels": {"LABELS"},
     "studies.from_scratch": {"FROM_SCRATCH"},
     "studies.probe": {"PROBE"},

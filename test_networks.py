@@ -11,7 +11,7 @@ from test_config import configured
 from testing import tiny
 from unet import LinearAttention
 
-OF_DIFFUSION = {"objective", "target", "shift", "t_power"}
+OF_DIFFUSION = {"objective", "target", "variance", "schedule", "shift", "t_power"}
 OF_DIFFUSION |= {"sampler", "ddim_steps", "eta", "ensemble"}
 OF_THE_NETWORK = {"cond", "T", "channel_mult", "blocks", "attention_levels", "head_channels"}
 OF_THE_NETWORK |= {"growth", "rrdbs", "rrdb", "stem"}

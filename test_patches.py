@@ -139,9 +139,9 @@ def test_loss_and_sampling_run_on_the_schedule_of_a_pixel(words, monkeypatch):
     schedule = diffusion.schedule
     score.process_of.cache_clear()  # it remembers a schedule, and would not ask for it
 
-    def noted(T, shift=1.0, device="cpu"):
+    def noted(T, shift=1.0, device="cpu", *kind):
         used.append(shift)
-        return schedule(T, shift, device)
+        return schedule(T, shift, device, *kind)
 
     monkeypatch.setattr(diffusion, "schedule", noted)
     trainer = train.Trainer(cfg, CPU)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import config
 import data
 import diffusion
+import improved
 import metrics
 import phantoms
 import runs
@@ -62,7 +63,7 @@ class Oracle(torch.nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.s, self.target = diffusion.schedule(cfg.T, cfg.pixel_shift), cfg.target
+        self.s, self.target = improved.schedule_of(cfg), cfg.target
 
     def embed(self, y):
         return y

@@ -36,6 +36,7 @@ import config
 import devices
 import diffusion
 import evaluate
+import improved
 import networks
 import runs
 import score
@@ -49,10 +50,11 @@ SAVE_EVERY = 300  # seconds between checkpoints
 
 def loss_of(cfg):
     """The loss that a run learns by, as loss(model, micro-batch): it is chosen here, once."""
+    l_simple = improved.l_hybrid if cfg.variance == "learned" else diffusion.l_simple
 
     def eq7(model, part):
-        s = diffusion.schedule(cfg.T, cfg.pixel_shift, part.x0.device)
-        return diffusion.l_simple(s, model, part.x0, part.y, part.t, part.eps, cfg.target)
+        s = improved.schedule_of(cfg, part.x0.device)
+        return l_simple(s, model, part.x0, part.y, part.t, part.eps, cfg.target)
 
     def sec21(model, part):
         process = score.process_of(cfg.T, cfg.pixel_shift)
