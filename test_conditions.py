@@ -1,4 +1,4 @@
-"""What a picture is drawn from: how it is loaded, and how some of it is taken away in training."""
+"""What a picture is drawn from: how it is loaded, taken away in training, and stressed."""
 
 import itertools
 import re
@@ -199,14 +199,11 @@ def test_guidance_at_every_sampler_draws_the_images_of_the_class(name):
 
 
 @pytest.mark.parametrize("w", [-1.0, 0.0, 3.0])
-def test_guidance_leaves_a_learned_variance_as_it_is_where_all_is_given(w):
+def test_guidance_leaves_a_learned_variance_as_it_is(w):
     """Pairs (eps, v): eps is guided as it is alone, v that of y, with no part of the other."""
-    xt, t, eps_model = (
-        images(3, 1, 1, 1),
-        torch.tensor([1, 200, 999]),
-        mixture_world(S, (-0.5, 0.6), 0.05),
-    )
+    xt, t = images(3, 1, 1, 1), torch.tensor([1, 200, 999])
     y, nothing = torch.tensor([1, 2, 2]), torch.zeros(3, dtype=torch.long)
+    eps_model = mixture_world(S, (-0.5, 0.6), 0.05)
 
     def both(xt, t, y):
         return eps_model(xt, t, y), xt * y[:, None, None, None]

@@ -112,30 +112,39 @@ def test_sec3_samples_are_compared_with_one_half_of_the_held_out_images(monkeypa
 
 
 class Believer:
-    """A network that knows its image: x_0 is what is given, -0.5 where nothing is."""
+    """A network that knows its image: x_0 is what is given, -0.5 where nothing is.
+
+    halves  2: it answers a v beside it, see improved.py
+    """
+
+    def __init__(self, halves=1):
+        self.halves = halves
 
     def embed(self, y):
         return torch.where(y.label > 0, y.label / 4.0, -0.5).view(-1, 1, 1, 1)
 
     def denoise(self, xt, t, e):
-        return e.expand_as(xt)
+        return e.expand_as(xt).repeat(1, self.halves, 1, 1)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "ode", "sde"])
-def test_guidance_reaches_every_sampler_and_counts_its_passes(sampler):
+@pytest.mark.parametrize("variance", ["beta", "learned"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "strided", "ode", "sde"])
+def test_guidance_reaches_every_sampler_and_counts_its_passes(sampler, variance):
     """Both answers are x_0: guided it is (1 + w) x_0 - w (-0.5), clipped; two calls a pass."""
-    cfg = tiny(task="synthesis", cond=None, given="class", target="x0", sampler=sampler)
+    kind = dict(task="synthesis", cond=None, given="class", target="x0")
+    cfg = tiny(**kind, sampler=sampler, variance=variance)
+    model = Believer(2 if variance == "learned" else 1)
     T = 20 if sampler == "ddpm" else 1000
     cfg = dataclasses.replace(cfg, T=T, ddim_steps=7, eval_images=2)
     given, passed = Given(None, torch.tensor([1, 2])), []
     for w in (0.0, 0.5):
         how = dataclasses.replace(cfg, guidance=w)
-        x0 = synthesis.sample_images(Believer(), how, range(2), given=given, progress=passed.append)
+        x0 = synthesis.sample_images(model, how, range(2), given=given, progress=passed.append)
         expected = (1 + w) * torch.tensor([0.25, 0.5]) + w * 0.5
         assert torch.allclose(x0.mean((1, 2, 3)), expected.clamp(-1, 1), atol=0.06), w
         assert sum(passed) == evaluate.images_sampled(how, {"Val": 4})
         passed.clear()
-    nothing = synthesis.sample_images(Believer(), cfg, range(2))
+    nothing = synthesis.sample_images(model, cfg, range(2))
     assert torch.allclose(nothing.mean((1, 2, 3)), torch.full((2,), -0.5), atol=0.06)
 
 
