@@ -18,6 +18,7 @@ import data
 import devices
 import diffusion
 import evaluate
+import improved
 import networks
 import runs
 import score
@@ -156,7 +157,7 @@ def test_a_step_waits_for_no_copy_and_reads_nothing_back(objective, target, monk
     for module in (batches, score):
         monkeypatch.setattr(module, "sent", lambda x, device: sent.append(x) or exact(x, device))
     model, loss = networks.without_memory(cfg), train.loss_of(cfg)
-    diffusion.schedule(cfg.T, cfg.shift, META)
+    improved.schedule_of(cfg, META)
     with Copies() as copies:
         batch = batches.batch(cfg, 1, images, masks)
         whole = 4 if objective == "eps" else 3  # rows, augmentation, eps; t of Eq. (7)
@@ -201,7 +202,7 @@ def test_the_schedule_is_on_the_device_but_where_that_has_no_float64():
 def test_a_sampler_waits_for_no_copy_and_reads_nothing_back(eta):
     """DDIM: the coefficients of every step are on the device already."""
     cfg = tiny(ddim_steps=4, eta=eta, target="v")
-    model, s = networks.without_memory(cfg), diffusion.schedule(cfg.T, cfg.shift, META)
+    model, s = networks.without_memory(cfg), improved.schedule_of(cfg, META)
     eps_model = evaluate.eps_model_of(model, cfg, s, CPU)
     y = torch.empty(2, 1, 16, 16, device=META)
     with Copies() as copies:

@@ -19,6 +19,7 @@ import evaluate
 import networks
 import phantoms
 import runs
+import synthesis
 import score
 import train
 from console import STOP_SIGNALS
@@ -409,7 +410,8 @@ def plant_scores(monkeypatch, *scores):
 def test_a_network_that_draws_nan_is_refused_in_one_line(go, monkeypatch, capsys, words):
     """Its losses and weights may all be finite: those of a large learning rate overflow."""
     draw = evaluate.sample_with
-    monkeypatch.setattr(evaluate, "sample_with", lambda *words: draw(*words) * torch.nan)
+    for module in (evaluate, synthesis):
+        monkeypatch.setattr(module, "sample_with", lambda *words: draw(*words) * torch.nan)
     assert go(f"--task {words}")[0] == 2
     assert "train.py: error: the network draws nan" in capsys.readouterr().err
 
