@@ -19,8 +19,8 @@ import evaluate
 import networks
 import phantoms
 import runs
-import synthesis
 import score
+import synthesis
 import train
 from console import STOP_SIGNALS
 from testing import (
