@@ -211,7 +211,7 @@ def table_of_pairs(rows):
         alone = by_set.get((n, 0), []) if m else []
         gains = [a - b for a, b in zip(values, alone)]
         gain = f"in {sum(g > 0 for g in gains)} of {len(gains)} draws" if gains else ""
-        lines.append(evaluate.row_of([n, m, f"{np.mean(values):.4f}{spread}", gain]))
+        lines.append(evaluate.row_of([str(n), str(m), f"{np.mean(values):.4f}{spread}", gain]))
     return "\n".join(lines)
 
 
