@@ -211,7 +211,7 @@ def table_of_pairs(rows):
         alone = by_set.get((n, 0), []) if m else []
         gains = [a - b for a, b in zip(values, alone)]
         gain = f"in {sum(g > 0 for g in gains)} of {len(gains)} draws" if gains else ""
-        lines.append(evaluate.row_of([n, m, f"{np.mean(values):.4f}{spread}", gain]))
+        lines.append(evaluate.row_of([str(n), str(m), f"{np.mean(values):.4f}{spread}", gain]))
     return "\n".join(lines)
 
 
@@ -232,6 +232,7 @@ def parse(argv):
     numbers = dict(nargs="+", metavar="X")
     p.add_argument("--guidance", **numbers, type=float, default=[0.0], help="w; default 0")
     p.add_argument("--seeds", **number, nargs="+", default=[0], help="of x_T; default 0")
+    p.add_argument("--sampler", choices=config.SAMPLERS, help="default: the run's")
     p.add_argument("--ddim-steps", **number, help="passes; default: the run's")
     task = dict(choices=("lung", "infection"), default="lung")
     p.add_argument("--task", **task, help="pairs: what the masks show; default %(default)s")
@@ -275,14 +276,15 @@ def measure_distances(args, device):
     drawn = (cfg.task, cfg.draw, cfg.image_size)
     rule = "distances needs a run that draws X-rays of 64x64"
     refuse(drawn != ("synthesis", "X-rays", 64), f"{rule}, got {config.kind_of(cfg)}")
-    cfg = dataclasses.replace(cfg, ddim_steps=args.ddim_steps or cfg.ddim_steps)
+    sampler, passes = args.sampler or cfg.sampler, args.ddim_steps or cfg.ddim_steps
+    cfg = dataclasses.replace(cfg, sampler=sampler, ddim_steps=passes)
     cfg = devices.in_precision_of(phantoms.find_data(cfg, args.data), device)
     for w in args.guidance:
         config.check(dataclasses.replace(cfg, guidance=w))
     splits = phantoms.splits_of(cfg, ("Train", "Val"))
     found = distances(model, cfg, splits, device, args.samples, args.guidance, args.seeds)
-    passes = evaluate.passes_of(cfg)
-    return cfg, dict(step=step, passes=passes, rows=found), table_of_distances(found)
+    how = dict(step=step, sampler=sampler, passes=evaluate.passes_of(cfg))
+    return cfg, how | dict(rows=found), table_of_distances(found)
 
 
 def measure_pairs(args, device):
