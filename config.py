@@ -132,8 +132,8 @@ class Config:
                         about="network", choices=("own", "add"))
 
     sampler: str = setting("ddim", "how samples are drawn", "§2, §2.1, §3.2", SAMPLING,
-                           {"best synthesis": "ode", "ncsn": "langevin"}, "diffusion",
-                           choices=SAMPLERS)
+                           {"best synthesis": "ode", "cosine": "ddim", "ncsn": "langevin"},
+                           "diffusion", choices=SAMPLERS)
     ddim_steps: int = setting(50, "passes of the network a sample, by any sampler but ddpm", "§3.2",
                               SAMPLING, {"best masks ddim": 2, "ncsn": 101}, "diffusion")
     eta: float = setting(0.0, "fresh noise in DDIM; 0: only x_T is random", "[18]",
@@ -294,7 +294,7 @@ def words_of(given, device):
         words.add("given")
     if given.get("model") in baselines.U_NETS:
         words.add("published")
-    for name in ("size", "recipe", "objective", "sampler"):
+    for name in ("size", "recipe", "objective", "schedule", "sampler"):
         words.add(given.get(name) or default_of(name, words))
     return words
 

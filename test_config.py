@@ -125,7 +125,10 @@ GRID = [
 
 @pytest.mark.parametrize("words", GRID)
 def test_a_model_a_sampler_and_an_objective_change_what_they_must(words):
-    """Published U-Nets: their width. Not DDIM: 50 passes. ncsn: Langevin in 101, or its sampler."""
+    """Published U-Nets: their width. Not DDIM: 50 passes. ncsn: Langevin in 101, or its sampler.
+
+    The cosine schedule, which the flow ODE does not know: DDIM.
+    """
     masks = "synthesis" not in words
     for model in MODELS[1:] if masks else ():
         expected = dict(model=model)
@@ -137,6 +140,8 @@ def test_a_model_a_sampler_and_an_objective_change_what_they_must(words):
     assert changes(words, f"{words} --objective vp") == dict(objective="vp")
     assert changes(words, f"{words} --objective ncsn") == ncsn | dict(sampler="langevin")
     default = "ode" if not masks and "best" in words else "ddim"
+    cosine = dict(schedule="cosine") | ({} if default == "ddim" else dict(sampler="ddim"))
+    assert changes(words, f"{words} --set schedule=cosine") == cosine
     for sampler in SAMPLERS:
         chosen = {} if sampler == default else dict(sampler=sampler)
         passes = {} if sampler == "ddim" else passes_of_others

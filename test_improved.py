@@ -414,7 +414,10 @@ def test_other_samplers_and_studies_do_not_see_v():
         ),
         ("--set schedule=cosine --objective vp", "got --objective vp, --sampler ddim"),
         ("--set variance=learned --objective vp", "needs --objective eps, and T of at least 2"),
-        ("--set variance=learned T=1 --ddim-steps 1", "T of at least 2, got eps and 1"),
+        (
+            "--set variance=learned T=1 --sampler ddim --ddim-steps 1",
+            "T of at least 2, got eps and 1",
+        ),
         ("--set variance=both", "--set variance must be one of beta, beta~, learned, got both"),
         (
             "--sampler strided --ddim-steps 1",
