@@ -217,6 +217,13 @@ def table_of_pairs(rows):
 
 # ---------------------------------------- the command
 
+
+def table(result):
+    """What was measured, as Markdown."""
+    of = table_of_distances if result["realism"] == "distances" else table_of_pairs
+    return of(result["rows"])
+
+
 STARTS = '{\n "realism": '  # what a result of realism.py starts with
 
 
@@ -258,19 +265,19 @@ def carry_out(args):
     check(args)
     device = devices.choose_device(args.device)
     if args.realism == "distances":
-        cfg, result, shown = measure_distances(args, device)
+        cfg, result = measure_distances(args, device)
     else:
-        cfg, result, shown = measure_pairs(args, device)
+        cfg, result = measure_pairs(args, device)
     kind = "phantoms" if cfg.phantoms else "X-rays"
-    message(f"{kind}, {config.kind_of(cfg)}\n\n{shown}")
+    result = {"realism": args.realism, "data": kind, "places": args.places} | result
+    message(f"{kind}, {config.kind_of(cfg)}\n\n{table(result)}")
     if args.out:
-        what = {"realism": args.realism, "data": kind, "places": args.places}
-        runs.write_result(args.out, what | result, device)
+        runs.write_result(args.out, result, device)
     return 0
 
 
 def measure_distances(args, device):
-    """(Config, numbers, table) of `distances`."""
+    """(Config, numbers) of `distances`."""
     refuse(len(args.places) > 1, f"distances takes one run, got {', '.join(args.places)}")
     model, cfg, step = runs.load_run(args.places[0], device)
     drawn = (cfg.task, cfg.draw, cfg.image_size)
@@ -284,11 +291,11 @@ def measure_distances(args, device):
     splits = phantoms.splits_of(cfg, ("Train", "Val"))
     found = distances(model, cfg, splits, device, args.samples, args.guidance, args.seeds)
     how = dict(step=step, sampler=sampler, passes=evaluate.passes_of(cfg))
-    return cfg, how | dict(rows=found), table_of_distances(found)
+    return cfg, how | dict(rows=found)
 
 
 def measure_pairs(args, device):
-    """(Config, numbers, table) of `pairs`."""
+    """(Config, numbers) of `pairs`."""
     words = f"--task {args.task} --model unet --size small --steps {args.steps}"
     cfg = config.configure(config.parse([*words.split(), "--eval-images", "1000"]), device)
     cfg = phantoms.find_data(cfg, args.data)
@@ -298,8 +305,8 @@ def measure_pairs(args, device):
     most = max(args.labels, default=0)
     refuse(most > len(splits["Train"].images), f"{rule}, got {most}")
     found = pairs(cfg, splits, drawn, args.labels, args.draws, device)
-    result = dict(task=args.task, steps=args.steps, images=len(splits["Val"].images), rows=found)
-    return cfg, result, table_of_pairs(found)
+    measured = dict(task=args.task, steps=args.steps, images=len(splits["Val"].images))
+    return cfg, measured | dict(rows=found)
 
 
 def main(argv=None):

@@ -392,13 +392,14 @@ def test_the_tables_of_speed_are_what_benchmark_py_printed():
 
 
 def test_the_tables_of_the_studies_are_what_the_scripts_printed():
-    """Each JSON of studies.py and compare.py as the script's own table, word for word."""
+    """Each JSON of these scripts as the script's own table, word for word."""
     found = {
         file: json.loads(file.read_text(encoding="utf-8")) for file in RESULTS.glob("*/*.json")
     }
-    found = {file: r for file, r in found.items() if {"study", "compare"} & r.keys()}
+    scripts = {"study": "studies", "compare": "compare", "realism": "realism"}
+    found = {file: r for file, r in found.items() if scripts.keys() & r.keys()}
     assert len(found) >= 8
     for file, result in found.items():
-        script = "studies" if "study" in result else "compare"
+        (script,) = (scripts[key] for key in scripts.keys() & result.keys())
         assert importlib.import_module(script).table(result) in ALL, file.name
         assert {"commit", "hardware", "torch", "data"} <= result.keys()
