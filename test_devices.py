@@ -589,3 +589,15 @@ def test_every_process_needs_an_image(go, monkeypatch, capsys, tmp_path):
     status, folder = go("--task lung", given=TINY.replace("--batch-size 4", "--batch-size 1"))
     assert status == 2 and not folder.exists()
     assert "--batch-size must be at least the 2 processes, got 1" in capsys.readouterr().err
+
+
+def test_what_a_step_keeps_counts_the_embedder_of_the_masks_that_are_given():
+    """Of X-rays drawn from two masks: what an embedder of two channels keeps comes on top."""
+    alone = tiny(task="synthesis", cond=None)
+    given = tiny(task="synthesis", cond="none", given="lung+infection")
+    embedded = tiny(task="synthesis", cond="concat", given="lung+infection")
+    kept = [
+        devices.kept_for_backward(networks.build_model(c), c, CPU) for c in (alone, given, embedded)
+    ]
+    assert kept[1] - kept[0] == 2 * 4 * 16 * 16  # the input of the stem, in float32
+    assert kept[2] > 1.2 * kept[1]

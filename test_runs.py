@@ -811,3 +811,10 @@ def test_steps_and_evaluations_follow_from_the_images():
     assert runs.with_steps(tiny(steps=0, epochs=2.5), 10).steps == 7  # of 6.25
     cfg = runs.with_steps(tiny(steps=5, epochs=3.0, eval_every=4), 10)
     assert (cfg.steps, cfg.eval_every) == (5, 4)
+
+
+def test_guidance_belongs_to_the_protocol_of_a_run_that_is_given_something():
+    """A run from before there was guidance finds its own evaluations again."""
+    assert "guidance" not in runs.protocol_of(tiny())
+    given = tiny(task="synthesis", cond=None, given="class", guidance=2.0)
+    assert runs.protocol_of(given)["guidance"] == 2.0
