@@ -125,7 +125,7 @@ def guided(eps_model, w, nothing):
 
 
 def number_of(given):
-    """Of pictures."""
+    """How many pictures these conditions belong to."""
     return len(given.masks if given.label is None else given.label)
 
 
