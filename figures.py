@@ -72,6 +72,12 @@ def show(ax, image, title=""):
     ax.set_yticks([])
 
 
+def blank(ax):
+    """No picture; a label beside it or above it stays."""
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
 def contour(ax, mask, colour, style="solid"):
     """The outline of a mask, if it has one."""
     if mask.min() < 127.5 < mask.max():
@@ -233,7 +239,7 @@ def image_rows(
     for row_axes, (label, row) in zip(axes, rows.items()):
         for i, (ax, image) in enumerate(zip(row_axes, row)):
             if image is None:
-                ax.axis("off")
+                blank(ax)
                 continue
             shape = np.shape(image)[-2:]
             show(ax, np.asarray(image).reshape(shape))

@@ -71,7 +71,7 @@ def test_image_rows_puts_each_array_in_its_place():
     assert np.all(grid[0, 0].images[0].get_array() == 10)
     assert np.all(grid[0, 2].images[0].get_array() == 30)
     assert grid[0, 0].images[0].get_clim() == (0, 255)
-    assert not grid[0, 1].axison and not grid[1, 2].axison
+    assert not grid[0, 1].images and not grid[1, 2].axison
     assert np.array_equal(grid[1, 1].images[-1].get_array(), numbers[1])
     assert [ax.images[-1].get_clim() for ax in grid[1, :2]] == [(0, 3), (0, 3)]
     assert len(fig.axes) == 7
@@ -324,3 +324,13 @@ def test_two_figures_show_the_same_images():
         fig = figures.mask_grid(images, images, images, other, "", 3, given)
         assert [ax.images[0].get_array()[0, 0] for ax in fig.axes[:3]] == [1, 4, 2]
     assert "the same images" in fig.get_suptitle()
+
+
+def test_a_row_keeps_its_label_where_its_first_picture_is_left_out():
+    """The label and the column's title are drawn; the place itself stays white."""
+    gray = np.full((4, 4), 9, np.uint8)
+    fig = figures.image_rows({"a row": [None, gray]}, "title", columns=["one", "two"])
+    first, second = fig.axes[:2]
+    assert first.axison and (first.get_ylabel(), first.get_title()) == ("a row", "one")
+    assert not any(spine.get_visible() for spine in first.spines.values())
+    assert not first.images and not len(first.get_xticks()) and second.images
