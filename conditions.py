@@ -52,14 +52,15 @@ def load(cfg, split, progress=None, masks=None):
     """A split of a run's images, as data.load has it: data.Split.
 
     Of a network that draws, `images` are what it draws, and `masks` those that are given,
-    (N, M, S, S) uint8, or None. `names` begin with the class.
+    (N, M, S, S) uint8, or None; those of the folder `masks` if that is asked for. `names` begin
+    with the class.
     """
 
     def loaded(masks=None):
         which = cfg.data, cfg.images_of, split, cfg.classes, cfg.image_size
         return data.load(*which, progress=progress, masks=masks)
 
-    if cfg.task != "synthesis":
+    if cfg.task != "synthesis" or masks:
         return loaded(masks)
     masks = [loaded(data.MASKS[kind]).masks for kind in masks_of(cfg.given)]
     xrays = loaded()

@@ -73,6 +73,15 @@ def test_a_split_holds_what_is_drawn_and_the_masks_that_are_given_row_by_row(unl
         assert classes == [name.split("/")[0] for name in found.names] and len(set(classes)) == 3
 
 
+def test_the_masks_of_a_folder_can_be_asked_for_whatever_is_given(unlike):
+    """As a study does that draws X-rays and needs the lungs in them."""
+    for given in ("", "lung"):
+        found = conditions.load(synthesis(given=given, data=str(unlike)), "Val", masks="lung masks")
+        expected = data.load(unlike, "synthesis", "Val", data.CLASSES, 16, masks="lung masks")
+        assert np.array_equal(found.images, expected.images)
+        assert np.array_equal(found.masks, expected.masks)
+
+
 def given_of(n, M=2):
     """n pictures with M masks of -1 and +1, and a class each."""
     g = torch.Generator().manual_seed(0)
