@@ -362,7 +362,7 @@ def check(cfg):
     for name in ("given", "draw"):
         rule, value = f"{flag(name)} is about --task synthesis", getattr(cfg, name)
         refuse(not synthesis and value != SETTINGS[name].default, f"{rule}, got {value}")
-    rule = f"--draw {cfg.draw} cannot be --given too"
+    rule = f"{flag('draw')}={cfg.draw} cannot be --given too"
     refuse(cfg.draw in conditions.kinds_of(cfg.given), f"{rule}, got {cfg.given}")
     rule = "--guidance needs a run that is --given something"
     refuse(cfg.guidance and not cfg.given, f"{rule}, got {cfg.guidance}")

@@ -216,6 +216,18 @@ REFUSALS = [
         "--cond is about masks; --task synthesis has none without --given lung or infection, "
         "got --cond add",
     ),
+    ("--task lung --given class", "--given is about --task synthesis, got class"),
+    ("--task infection --set draw=lung", "--set draw is about --task synthesis, got lung"),
+    (
+        "--task synthesis --given lungs",
+        "--given must be some of class, lung, infection, joined by +; got lungs",
+    ),
+    (
+        "--task synthesis --set draw=lung --given class+lung",
+        "--set draw=lung cannot be --given too, got class+lung",
+    ),
+    ("--task synthesis --guidance 2", "--guidance needs a run that is --given something, got 2.0"),
+    ("--task synthesis --set draw=heart", "--set draw must be one of X-rays, lung, infection"),
     (
         "--task synthesis --ensemble 3",
         "--ensemble averages masks; --task synthesis has none, got 3",
