@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
         def of(x):
             if isinstance(x, Given):
-                return Given(*map(of, x))
+                return conditions.part_of(x, rows, self.x0.device)
             return None if x is None else x[rows]
 
         return Batch(*map(of, self))
@@ -82,8 +82,8 @@ def on_device(cfg, split, device):
 def noise_split(cfg, n):
     """A data.Split of n pictures of noise, where a step is only timed."""
     M = len(conditions.masks_of(cfg.given)) if cfg.task == "synthesis" else 1
-    pixels = np.random.default_rng(0).integers(0, 256, (1 + M, n, 1, *2 * [cfg.image_size]))
-    images, *masks = pixels.astype(np.uint8)
+    shape = (1 + M, n, 1, cfg.image_size, cfg.image_size)
+    images, *masks = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     masks = np.concatenate(masks, 1) > 127 if M else None
     names = n * [f"{data.CLASSES[0]}/noise"]
     return data.Split(images, np.uint8(255) * masks if M else None, names)

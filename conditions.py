@@ -5,7 +5,7 @@ p(mask | X-ray). Here are the others, such as p(X-ray | class, lung mask). One n
 and those of fewer conditions, because in training some of them are taken away at random [8].
 
     --given class+lung     KINDS joined by +: what the network is told
-    --draw lung            what it draws: DRAWN, X-rays by default
+    --set draw=lung        what it draws: DRAWN, X-rays by default
 
 A mask is -1 outside and +1 inside, and 0 everywhere where it is not given. A class is its place in
 data.CLASSES, from 1 on, and 0 where it is not given.
@@ -63,9 +63,9 @@ def load(cfg, split, progress=None, masks=None):
     if cfg.task != "synthesis" or masks:
         return loaded(masks)
     masks = [loaded(data.MASKS[kind]).masks for kind in masks_of(cfg.given)]
-    xrays = loaded()
-    drawn = xrays.images if cfg.draw == "X-rays" else loaded(data.MASKS[cfg.draw]).masks
-    return data.Split(drawn, np.concatenate(masks, 1) if masks else None, xrays.names)
+    drawn = loaded(data.MASKS.get(cfg.draw))
+    images = drawn.images if cfg.draw == "X-rays" else drawn.masks
+    return data.Split(images, np.concatenate(masks, 1) if masks else None, drawn.names)
 
 
 def of_split(cfg, split, device="cpu"):

@@ -85,6 +85,11 @@ def passes_of(cfg):
     return exact.get(cfg.sampler, N)
 
 
+def calls_of(cfg):
+    """passes_of, doubled by guidance: one call with and one without what is given."""
+    return passes_of(cfg) * (2 if cfg.guidance else 1)
+
+
 def sample_with(cfg, s, eps_model, noise, e):
     """x_0 by cfg.sampler in at most cfg.ddim_steps passes (DDPM: T), with x_0_hat clipped.
 
@@ -191,8 +196,7 @@ def images_sampled(cfg, sizes):
     sizes: {split: number of images}
     """
     if cfg.task == "synthesis":
-        each = passes_of(cfg) * (2 if cfg.guidance else 1)  # one with and one without what is given
-        return min(sizes["Val"] // 2, cfg.eval_images) * each
+        return min(sizes["Val"] // 2, cfg.eval_images) * calls_of(cfg)
     n = sum(min(size, cfg.eval_images) for size in sizes.values())
     return n * passes_of(cfg) * cfg.ensemble
 

@@ -111,8 +111,7 @@ def distances(model, cfg, splits, device, N, guidances, seeds):
         how, given = dataclasses.replace(cfg, guidance=w), conditions.unknown(cfg, N)
         if knows:
             given.label[:] = 1 + torch.from_numpy(labels)
-        calls = N * evaluate.passes_of(how) * (2 if w else 1)
-        progress = passes_line(f"w = {w:g}, seed {seed}: passes", calls)
+        progress = passes_line(f"w = {w:g}, seed {seed}: passes", N * evaluate.calls_of(how))
         drawn = data.to_uint8(synthesis.draw(model, how, given, N, device, progress, seed))
         found = judged.row(drawn, labels if knows else None)
         rows.append(dict(images="drawn", guidance=w, seed=seed) | found)
@@ -125,7 +124,7 @@ def table_of_distances(rows):
     columns += ["recall", "C_T", "control", "judged right"]
     lines = [evaluate.row_of(columns), "|---" * len(columns) + "|"]
     for row in rows:
-        cells = [f"{row['N']} {row['images']}", f"{row.get('guidance', ''):}"]
+        cells = [f"{row['N']} {row['images']}", str(row.get("guidance", ""))]
         for name, digits in (("KID, texture", 1), ("Fréchet, texture", 1), ("KID, plain", 4)):
             value, error = row[name]
             cells.append(f"{value:.{digits}f} ± {error:.{digits}f}")

@@ -346,8 +346,7 @@ def write_xrays(model, cfg, args, device, out, title):
     N = args.n or DRAWN
     places, folders = {kind: value for _, kind, value in conditions_given(args)}, mask_folders(args)
     given = synthesis.given_to(cfg, N, places, args.seed, device)
-    passes = N * evaluate.passes_of(cfg) * (2 if cfg.guidance else 1)
-    progress = console.passes_line("drawing: passes", passes)
+    progress = console.passes_line("drawing: passes", N * evaluate.calls_of(cfg))
     images = out / "images" if folders else out
     for folder in (images, *(out / folder for folder in folders)):
         folder.mkdir(parents=True, exist_ok=True)

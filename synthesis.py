@@ -22,10 +22,10 @@ from console import passes_line, refuse
 from devices import autocast, cast_once, in_chunks
 from evaluate import (
     EVAL_SEED,
+    calls_of,
     eps_model_of,
     evaluated_rows,
     on_all_processes,
-    passes_of,
     sample_with,
 )
 
@@ -161,6 +161,6 @@ def masks_drawn(run, kind, cfg, given, seed, device):
     rule = f"--{kind}-mask must be a run that draws {kind} masks at {size}x{size}, got {run}"
     refuse((own.task, own.draw, own.image_size) != ("synthesis", kind, size), rule)
     known, N = conditions.selected(given, cfg.given, own.given), conditions.number_of(given)
-    progress = passes_line(f"drawing {kind} masks: passes", N * passes_of(own))
+    progress = passes_line(f"drawing {kind} masks: passes", N * calls_of(own))
     drawn = draw(model, own, known, N, device, progress, seed)
     return (drawn[:, 0] > 0) * 2.0 - 1
