@@ -43,8 +43,8 @@ def unlike(root, tmp_path_factory):
     return unlike
 
 
-@pytest.mark.parametrize("given", ["", "class", "lung", "class+lung+infection"])
-@pytest.mark.parametrize("draw", ["X-rays", "infection"])
+@pytest.mark.parametrize("given", ["", "class", "lung", "infection", "class+lung+infection"])
+@pytest.mark.parametrize("draw", conditions.DRAWN)
 def test_a_split_holds_what_is_drawn_and_the_masks_that_are_given_row_by_row(unlike, given, draw):
     """Each beside the files of its own name, in the tree that has all of them."""
     if draw in given:
@@ -58,7 +58,7 @@ def test_a_split_holds_what_is_drawn_and_the_masks_that_are_given_row_by_row(unl
         return data.load(unlike, tree, "Val", data.CLASSES, 16, masks=masks)
 
     xrays = files(None)
-    drawn = xrays.images if draw == "X-rays" else files("infection masks").masks
+    drawn = xrays.images if draw == "X-rays" else files(f"{draw} masks").masks
     assert np.array_equal(found.images, drawn) and found.names == xrays.names
     kinds = conditions.masks_of(given)
     if not kinds:
