@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from conditions import Given
 from rrdb import ConditionEmbedder
-from unet import UNet
+from unet import AddLevel, UNet
 
-CONDITIONINGS = ("add", "lift", "concat", "none", "cross")
+CONDITIONINGS = ("add", "lift", "concat", "levels", "none", "cross")
 
 
 class ConditionalUNet(nn.Module):
@@ -27,6 +27,8 @@ class ConditionalUNet(nn.Module):
     "add"         x_t + RRDB(y), x_t on every channel   16
     "lift"        conv(x_t) + RRDB(y), as SegDiff [1]   16
     "concat"      [x_t, RRDB(y)]                        17
+    "levels"      x_t, and at each level an encoding    1
+                  of RRDB(y), as MedSegDiff [22, 23]
     "none"        [x_t, y], no embedder                 2
     "cross"       x_t, and RRDB(y) by cross-attention   1
     None          x_t alone: unconditional, §3          1
@@ -58,7 +60,7 @@ class ConditionalUNet(nn.Module):
         self.cond, self.patch, C = cond, patch_side(image_size), image_channels
         C_y = C if y_channels is None else y_channels
         self.embedder = None
-        if cond in ("add", "lift", "concat", "cross"):
+        if cond not in ("none", None):
             self.embedder = ConditionEmbedder(C_y, features, growth, rrdbs, segdiff)
         of_cond = dict(add=features, lift=features, concat=C + features, none=C + C_y)
         in_channels = of_cond.get(cond, C)  # x_t alone by cross-attention, or without a condition
@@ -66,17 +68,19 @@ class ConditionalUNet(nn.Module):
         size = dict(image_size=image_size, context_channels=tokens)
         self.unet = UNet(in_channels, answers * C, **size, **unet)
         self.lift = nn.Conv2d(C, features, 3, padding=1) if cond == "lift" else None
+        self.encoder = LevelEncoder(features, self.unet) if cond == "levels" else None
         self.of_class = nn.Embedding(1 + classes, self.unet.emb_channels) if classes else None
 
     def embed(self, y):
-        """What the U-Net needs of y, once for all steps: RRDB(y), y itself, or None."""
+        """What the U-Net needs of y, once for all steps: RRDB(y), its levels, y itself, or None."""
         if isinstance(y, Given):
             of_class = None if y.label is None else self.of_class(y.label)  # (B, 4 channels)
             return Given(None if y.masks is None else self.embed_image(y.masks), of_class)
         return None if y is None else self.embed_image(y)
 
     def embed_image(self, y):
-        return y if self.embedder is None else self.embedder(y)
+        e = y if self.embedder is None else self.embedder(y)
+        return e if self.encoder is None else self.encoder(e)
 
     def denoise(self, xt, t, e):
         """One pass of the U-Net at x_t, given e = embed(y)."""
@@ -92,6 +96,8 @@ class ConditionalUNet(nn.Module):
             return xt + e, None  # (B, 1, H, W) + (B, 16, H, W)
         if self.cond == "lift":
             return self.lift(xt) + e, None
+        if self.cond == "levels":
+            return xt, e
         if self.cond == "cross":
             return xt, F.pixel_unshuffle(e, self.patch)
         return torch.cat([xt, e], 1), None
@@ -102,6 +108,41 @@ class ConditionalUNet(nn.Module):
         y: (B, 1, H, W) in [-1, 1], or conditions.Given, or None
         """
         return self.denoise(xt, t, self.embed(y))
+
+
+class LevelEncoder(nn.Module):
+    """RRDB(y) at every level of a U-Net, whose encoder it joins: "levels".
+
+    (B, features, H, W) -> a list of (B, C_level, H / 2^level, W / 2^level), which AddLevel adds
+    after the first residual block of each level.
+    """
+
+    def __init__(self, features, unet):
+        super().__init__()
+        first = nn.Conv2d(features, unet.widths[0], 3, padding=1)
+        further = [halving(a, b) for a, b in zip(unet.widths, unet.widths[1:])]
+        self.levels = nn.ModuleList([first, *further])
+        for level in range(len(unet.widths)):
+            unet.encoder[level * (unet.blocks + 1)].insert(1, AddLevel(level))
+
+    def forward(self, e):
+        maps = [e]
+        for level in self.levels:
+            maps.append(level(maps[-1]))
+        return maps[1:]
+
+
+def halving(c_in, c_out):
+    """Two convolutions, the first of which halves the image."""
+    half = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
+    return nn.Sequential(nn.SiLU(), half, nn.SiLU(), nn.Conv2d(c_out, c_out, 3, padding=1))
+
+
+def repeated(e, n):
+    """e = embed(y) of n samples for each image of y, one after the other."""
+    if isinstance(e, list):
+        return [level.repeat_interleave(n, 0) for level in e]
+    return e.repeat_interleave(n, 0)
 
 
 def patch_side(image_size):

@@ -21,6 +21,7 @@ import fullsize
 import improved
 import metrics
 import score
+from conditional import repeated
 from console import Parser, UserError, exit_status, message, passes_line, path_of
 from devices import autocast, cast_once, divided_among_processes, in_chunks, world
 
@@ -137,7 +138,7 @@ def sample_masks(model, cfg, y, index, members=1, device="cpu", progress=None, s
         return (2 * probability - 1)[:, None]
     s = improved.schedule_of(cfg, device)
     with autocast(cfg, device):
-        e = model.embed(y).repeat_interleave(members, 0)
+        e = repeated(model.embed(y), members)
     noise = diffusion.ImageNoise(seed, index, y.shape[1:], members, device)
     eps_model = eps_model_of(model, cfg, s, device, progress, cfg.learned)
     x0 = sample_with(cfg, s, eps_model, noise, e)

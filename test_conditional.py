@@ -12,7 +12,7 @@ from conditional import ConditionalUNet
 from conditions import Given
 from rrdb import ConditionEmbedder
 from test_unet import SMALL, awake, batch, changed, close, parameters_of, randn
-from unet import CrossAttention, timestep_embedding
+from unet import AddLevel, CrossAttention, timestep_embedding
 
 CONDITIONINGS = [*conditional.CONDITIONINGS, None]
 
@@ -57,9 +57,9 @@ def test_sec32_a_batch_of_two_is_two_batches_of_one(cond):
 def test_sec42_what_the_unet_is_given():
     """add: x_t on every channel of RRDB(y); lift: its convolution; concat: x_t, then RRDB(y).
 
-    none: x_t, then y; cross and None: x_t alone.
+    none: x_t, then y; levels, cross and None: x_t alone.
     """
-    channels = {"add": 16, "lift": 16, "concat": 17, "none": 2, "cross": 1, None: 1}
+    channels = {"add": 16, "lift": 16, "concat": 17, "levels": 1, "none": 2, "cross": 1, None: 1}
     xt, t, y = batch()
     for cond in CONDITIONINGS:
         net, seen = small(cond), []
@@ -76,7 +76,7 @@ def test_sec42_what_the_unet_is_given():
             close(got, e + lifted, rel=1e-5, abs=1e-5)
         else:
             assert torch.equal(got[:, :1], xt)
-            assert cond in ("cross", None) or torch.equal(got[:, 1:], e)
+            assert cond in ("levels", "cross", None) or torch.equal(got[:, 1:], e)
 
 
 def test_sec42_the_embedder_is_the_rrdb_where_there_is_one():
@@ -85,8 +85,9 @@ def test_sec42_the_embedder_is_the_rrdb_where_there_is_one():
         with torch.device("meta"):
             net = ConditionalUNet(cond)
         embedder = 0 if cond in ("none", None) else parameters_of(ConditionEmbedder())
-        lift = 16 * 9 + 16 if cond == "lift" else 0
-        assert parameters_of(net) - parameters_of(net.unet) == embedder + lift
+        more = 16 * 9 + 16 if cond == "lift" else 0
+        more = parameters_of(net.encoder) if cond == "levels" else more
+        assert parameters_of(net) - parameters_of(net.unet) == embedder + more
     segdiff = ConditionalUNet("add", rrdbs=2, segdiff=True, **SMALL).embedder
     report = ConditionEmbedder(blocks=2)
     assert parameters_of(segdiff) == parameters_of(report)
@@ -162,8 +163,45 @@ def test_sec4_cross_attention_sees_the_embedding_patch_by_patch():
     assert (seen[0] != seen[1]).any(1).nonzero().tolist() == [[0, 5, 10]]
 
 
+def test_sec42_levels_adds_its_map_after_the_first_residual_block_of_each_level():
+    """Each map has the size of its level. What follows sees residual block + map, to the bit."""
+    net = small("levels", channel_mult=(1, 2, 3), blocks=2)
+    xt, t, y = batch()
+    maps, seen = net.embed(y), {}
+    assert [m.shape[1:] for m in maps] == [(24, 16, 16), (48, 8, 8), (72, 4, 4)]
+    for i, block in enumerate(net.unet.encoder):
+        block[0].register_forward_hook(lambda m, a, out, i=i: seen.setdefault(i, []).append(out))
+        block.register_forward_hook(lambda m, a, out, i=i: seen[i].append(out))
+    net.unet.encoder[3][2].register_forward_pre_hook(lambda m, args: seen[3].append(args[0]))
+    net.denoise(xt, t, maps)
+    joined = [any(isinstance(layer, AddLevel) for layer in block) for block in net.unet.encoder]
+    assert [i for i, found in enumerate(joined) if found] == [0, 3, 6]
+    assert torch.equal(seen[0][1], seen[0][0] + maps[0])
+    assert torch.equal(seen[3][1], seen[3][0] + maps[1])  # what its attention sees
+    assert torch.equal(seen[6][1], seen[6][0] + maps[2])
+
+
+def test_sec42_levels_without_an_xray_is_the_unconditional_network():
+    """With maps of 0 the layers of the U-Net are those of §3.2, and their weights are enough."""
+    net, plain = small("levels"), ConditionalUNet(None, **SMALL)
+    for ours, others in zip(plain.parameters(), net.unet.parameters(), strict=True):
+        ours.data = others.data
+    xt, t, y = batch()
+    maps = [torch.zeros_like(level) for level in net.embed(y)]
+    with torch.no_grad():
+        close(net.denoise(xt, t, maps), plain(xt, t))
+
+
+def test_sec42_an_embedding_is_repeated_image_by_image():
+    """Of each image n copies follow one another, tensor or list of levels alike."""
+    e = torch.arange(6.0).view(2, 3)
+    assert conditional.repeated(e, 2).tolist() == [[0, 1, 2]] * 2 + [[3, 4, 5]] * 2
+    first, second = conditional.repeated([e, -e], 3)
+    assert torch.equal(first, e[[0, 0, 0, 1, 1, 1]]) and torch.equal(second, -first)
+
+
 def test_sec42_an_unknown_conditioning_is_refused_in_words():
-    refusal = "one of ('add', 'lift', 'concat', 'none', 'cross') or None, got 'film'"
+    refusal = "one of ('add', 'lift', 'concat', 'levels', 'none', 'cross') or None, got 'film'"
     with pytest.raises(ValueError, match=re.escape(refusal)):
         ConditionalUNet("film", **SMALL)
 

@@ -195,7 +195,7 @@ def test_xrays_of_one_pixel_a_side_and_empty_masks_are_no_special_case(mirror, c
         assert not read(mirror / "samples" / f"{name}-mask.png").any()
 
 
-@pytest.mark.parametrize("cond", ["none", "concat", "add", "cross"])
+@pytest.mark.parametrize("cond", ["none", "concat", "add", "levels", "cross"])
 def test_the_mask_is_the_one_that_an_evaluation_scores(tmp_path, call, cond, overlays):
     """evaluate.segment of the same X-rays, mean of two samples."""
     infection = dict(task="infection", classes=("COVID-19",))

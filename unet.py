@@ -184,6 +184,20 @@ class CrossAttention(nn.Module):
         return x + self.out(out).view_as(x)
 
 
+class AddLevel(nn.Module):
+    """Adds the map of one level of the condition to x of the same size, as [22] and [23] join them.
+
+    context  a map for each level of the U-Net, (B, C_level, H / 2^level, W / 2^level)
+    """
+
+    def __init__(self, level):
+        super().__init__()
+        self.level = level
+
+    def forward(self, x, context):
+        return x + context[self.level]
+
+
 def position_code(x):
     """Where each pixel of x lies, on a grid of any size: (B, 24, H, W).
 
@@ -217,7 +231,7 @@ class Block(nn.Sequential):
         for layer in self:
             if isinstance(layer, ResidualBlock):
                 h = layer(h, emb)
-            elif isinstance(layer, CrossAttention):
+            elif isinstance(layer, (CrossAttention, AddLevel)):
                 h = layer(h, context)
             else:
                 h = layer(h)
@@ -277,7 +291,7 @@ class UNet(nn.Module):
         resolutions = [image_size >> level for level in range(len(widths))]
         check_sizes(channels, widths, resolutions, attention_at, head_channels, image_size)
         self.in_channels, self.channels, self.emb_channels = in_channels, channels, 4 * channels
-        self.shrinks = 2 ** (len(widths) - 1)
+        self.widths, self.blocks, self.shrinks = widths, blocks, 2 ** (len(widths) - 1)
         emb = self.emb_channels
 
         def cross_attention(C):
