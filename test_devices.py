@@ -3,6 +3,7 @@
 import functools
 import signal
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,10 +94,10 @@ def three_steps(plan):
 def test_every_plan_takes_the_same_steps(plan, monkeypatch):
     """Losses and weights agree to rounding, under the same names; and the plan is carried out.
 
-    Compiled: traced with its backward pass by torch.compile. No compiler is needed here: what it
-    traced runs by torch's own kernels.
+    Compiled: traced with its backward pass by torch.compile, as one graph without a break. No
+    compiler is needed here: what it traced runs by torch's own kernels.
     """
-    traced = functools.partial(torch.compile, backend="aot_eager")
+    traced = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", traced)
     (losses, weights, trainer), (expected, plain, _) = three_steps(plan), three_steps("plain")
     assert losses == pytest.approx(expected, rel=1e-5) and len(set(losses)) == 3
@@ -208,6 +209,71 @@ def test_a_sampler_waits_for_no_copy_and_reads_nothing_back(eta):
     with Copies() as copies:
         evaluate.sample_with(cfg, s, eps_model, lambda: torch.empty_like(y), model.embed(y))
     assert copies.count == 0
+
+
+# ---------------------------------------- a GPU, played by a torch.cuda that answers as one
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """torch.cuda of a card with 80 bytes, 50 of them free, 20 reserved here and 7 in use.
+
+    Returns the list of the devices that were set, and "emptied" for each emptied cache.
+    """
+    done, exact = [], torch.empty
+    answers = dict(
+        is_available=lambda: True,
+        set_device=done.append,
+        empty_cache=lambda: done.append("emptied"),
+        mem_get_info=lambda device: (50, 80),
+        memory_reserved=lambda device: 20,
+        memory_allocated=lambda device: 7,
+        max_memory_allocated=lambda: 64,
+        is_bf16_supported=lambda including_emulation=True: not including_emulation,
+        get_device_name=lambda device: f"card {device.index}",
+    )
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+
+    def empty(*sizes, device=None, **options):
+        made = exact(*sizes, device="meta", **options)
+        return SimpleNamespace(device=torch.device(device)) if "cuda" in str(device) else made
+
+    monkeypatch.setattr(torch, "empty", empty)
+    return done
+
+
+def test_a_gpu_is_found_and_each_process_of_torchrun_has_its_own(gpu, monkeypatch):
+    """The processes talk by the GPU that is set; --device cpu still means the CPU."""
+    assert devices.choose_device() == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert devices.choose_device() == devices.choose_device("cuda") == torch.device("cuda:3")
+    assert gpu == [torch.device("cuda"), torch.device("cuda:3"), torch.device("cuda:3")]
+
+
+def test_what_is_asked_of_a_gpu(gpu):
+    """Free is also what this process holds and does not use: 50 + 20 - 7. bf16 must be real."""
+    card = torch.device("cuda:1")
+    assert devices.free_memory(card) == 63 and devices.bf16_is_fast(card)
+    assert devices.call_and_read_peak(gpu.append, "called") == 64 and gpu == ["called"]
+    assert runs.provenance(card)["hardware"] == "card 1"
+
+
+def test_a_tensor_goes_to_a_gpu_from_pinned_memory_without_waiting():
+    """From pageable memory a copy waits, whatever non_blocking says. A CPU needs neither."""
+
+    class OnItsWay:
+        pinned = False
+
+        def pin_memory(self):
+            self.pinned = True
+            return self
+
+        def to(self, device, non_blocking):
+            return device.type, self.pinned, non_blocking
+
+    assert score.sent(OnItsWay(), torch.device("cuda:0")) == ("cuda", True, True)
+    assert score.sent(OnItsWay(), CPU) == ("cpu", False, False)
 
 
 # ---------------------------------------- memory
