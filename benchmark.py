@@ -42,6 +42,7 @@ import data
 import devices
 import diffusion
 import evaluate
+import memory
 import networks
 import patches
 import peers
@@ -51,7 +52,7 @@ import synthesis
 import train
 import unet
 from console import Parser, UserError, exit_status, fits, message, path_of, progress_line
-from devices import peak_memory
+from memory import peak_memory
 
 CPU = torch.device("cpu")
 PAIRS = 120  # X-rays with masks that are drawn to be decoded
@@ -171,7 +172,7 @@ def trainer_of(cfg, device):
     """A fresh Trainer that has chosen its micro-batch by the free memory."""
     gc.collect()  # what earlier jobs held
     trainer = train.Trainer(cfg, device)
-    devices.fit_memory(trainer)
+    memory.fit_memory(trainer)
     return trainer
 
 

@@ -23,7 +23,8 @@ import metrics
 import score
 from conditional import repeated
 from console import Parser, UserError, exit_status, message, passes_line, path_of
-from devices import autocast, cast_once, divided_among_processes, in_chunks, world
+from devices import autocast, cast_once, divided_among_processes, world
+from memory import in_chunks
 
 EVAL_SEED = 0  # chooses the images that are evaluated and their x_T, the same in every run (§4.3)
 FULL_SIZE = "at the size of the files"

@@ -52,6 +52,7 @@ import data
 import devices
 import evaluate
 import fullsize
+import memory
 import metrics
 import pairs
 import runs
@@ -244,7 +245,7 @@ def write_masks(model, cfg, small, args, device, out, title):
         how = dict(device=device, progress=progress, seed=args.seed)
         return evaluate.sample_masks(model, cfg, y, rows, members, **how).cpu()
 
-    for rows, masks in devices.in_chunks(sample, np.arange(N), device, members):
+    for rows, masks in memory.in_chunks(sample, np.arange(N), device, members):
         areas.append((masks > 0).flatten(2).sum(2).numpy())
         for i, x0 in zip(rows, masks[:, :, 0]):
             true = args.masks and data.read_mask(args.masks[i], cfg.threshold or None)
@@ -356,7 +357,7 @@ def write_xrays(model, cfg, args, device, out, title):
         return synthesis.sample_images(model, cfg, rows, device, progress, args.seed, of_rows)
 
     shown = []
-    for rows, x0 in devices.in_chunks(sample, np.arange(N), device):
+    for rows, x0 in memory.in_chunks(sample, np.arange(N), device):
         for i, gray in zip(rows, data.to_uint8(x0)):  # (1, S, S)
             write_gray(images / f"sample-{i:04}.png", gray[0])
             for folder, kind in folders.items():

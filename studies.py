@@ -33,6 +33,7 @@ import devices
 import diffusion
 import evaluate
 import improved
+import memory
 import metrics
 import networks
 import phantoms
@@ -243,7 +244,7 @@ def bounds(model, cfg, images, rows, variance, passes, device, progress=None):
         how = dict(variance=improved.fixed(variance), clip=True)
         return diffusion.vlb_terms(s, eps_model, x0, diffusion.ImageNoise(*key), **how).sum(0)
 
-    found = [bits.cpu() for _, bits in devices.in_chunks(of_chunk, rows, device)]
+    found = [bits.cpu() for _, bits in memory.in_chunks(of_chunk, rows, device)]
     return torch.cat(found).double().numpy()
 
 

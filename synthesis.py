@@ -19,7 +19,7 @@ import improved
 import pairs
 import runs
 from console import passes_line, refuse
-from devices import autocast, cast_once, in_chunks
+from devices import autocast, cast_once
 from evaluate import (
     EVAL_SEED,
     calls_of,
@@ -28,6 +28,7 @@ from evaluate import (
     on_all_processes,
     sample_with,
 )
+from memory import in_chunks
 
 
 @torch.inference_mode()

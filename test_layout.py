@@ -17,7 +17,7 @@ LEVELS = [  # a module imports project modules of lower levels only
     {"unet", "score", "data", "probes", "image_metrics", "improved"},
     {"ambiguous", "conditions", "fullsize", "pairs"},
     {"batches", "conditional", "devices"},
-    {"baselines", "patches"},
+    {"baselines", "patches", "memory"},
     {"config", "phantoms"},
     {"networks"},
     {"runs"},

@@ -17,6 +17,7 @@ import devices
 import evaluate
 import figures
 import fullsize
+import memory
 import metrics
 import networks
 import pairs
@@ -236,7 +237,7 @@ def test_grouping_changes_nothing(lung, call, tmp_path, monkeypatch):
     paths, ensemble = xrays(tmp_path / "in", 5), ("--ensemble", 3)
     assert call(lung, "--images", *paths, *ensemble, "--out", tmp_path / "all")[0] == 0
     assert call(lung, "--images", *paths[:2], *ensemble, "--out", tmp_path / "two")[0] == 0
-    monkeypatch.setattr(devices, "in_chunks", chunks_of(3))
+    monkeypatch.setattr(memory, "in_chunks", chunks_of(3))
     assert call(lung, "--images", *paths, *ensemble, "--out", tmp_path / "split")[0] == 0
     for path in paths:
         for kind in ("mask", "mean", "disagreement"):
@@ -487,7 +488,7 @@ def test_xray_i_is_the_same_whatever_n_and_another_with_another_seed(
     )
     monkeypatch.setattr(sample, "GRID", 2)
     assert call(synthesis, "-n", 2, "--out", tmp_path / "two")[0] == 0
-    monkeypatch.setattr(devices, "in_chunks", chunks_of(2))
+    monkeypatch.setattr(memory, "in_chunks", chunks_of(2))
     assert call(synthesis, "-n", 5, "--out", tmp_path / "five")[0] == 0
     assert call(synthesis, "-n", 2, "--seed", 1, "--out", tmp_path / "other")[0] == 0
     assert call(synthesis, "--out", tmp_path / "default")[0] == 0
@@ -642,7 +643,7 @@ def test_bf16_of_a_gpu_run_is_fp32_where_bf16_is_slow(monkeypatch):
 
 def test_ctrl_c_leaves_whole_files_and_one_line(synthesis, call, monkeypatch):
     """At the third X-ray: the first two are there."""
-    monkeypatch.setattr(devices, "in_chunks", chunks_of(4))
+    monkeypatch.setattr(memory, "in_chunks", chunks_of(4))
     real = drawing.sample_images
 
     def stop_at_2(model, cfg, index, *args, **kwargs):

@@ -13,9 +13,9 @@ import torch
 import baselines
 import batches
 import data
-import devices
 import diffusion
 import evaluate
+import memory
 import networks
 import phantoms
 import runs
@@ -529,7 +529,7 @@ def test_what_the_memory_cannot_hold_is_refused_before_anything_is_done(
     go, monkeypatch, capsys, tmp_path, words, much
 ):
     """One line with the flags and the numbers. No folder, and no image is decoded."""
-    monkeypatch.setattr(devices, "free_memory", lambda device: 1e9)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1e9)
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     assert go("--task lung", given=f"{TINY} {words}")[0] == 2
     err = capsys.readouterr().err
@@ -540,7 +540,7 @@ def test_what_the_memory_cannot_hold_is_refused_before_anything_is_done(
 
 def test_a_run_that_is_resumed_is_not_weighed_again(lung_run, monkeypatch):
     """Its numbers are in memory already, and an evaluation has no gradient and no batch."""
-    monkeypatch.setattr(devices, "free_memory", lambda device: 1.0)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1.0)
     assert train.main(["--resume", str(lung_run), "--ddim-steps", "1"]) == 0
 
 
@@ -551,7 +551,7 @@ def test_dry_run_prints_the_reports_network_and_starts_nothing(
     root, monkeypatch, capsys, tmp_path, elsewhere
 ):
     """§3.2's number of parameters with 17 channels in; no file; no time where it does not fit."""
-    monkeypatch.setattr(devices, "free_memory", lambda device: 2e9)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2e9)
     words = ["--task", "lung", "--size", "report", "--recipe", "report", "--device", "cpu"]
     assert train.main([*words, "--data", str(root), "--dry-run", "--out", "x"]) == 0
     out = capsys.readouterr().out
@@ -569,15 +569,15 @@ def test_dry_run_tells_images_steps_and_time_and_writes_nothing(
 ):
     """8 s of 4 steps, and 2 evaluations: 8 images in 2 passes each, a third of a step a batch."""
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(train, "seconds_a_step", lambda cfg, device: 2.0)
+    monkeypatch.setattr(train, "cost_of_a_step", lambda cfg, device: (2.0, 3.14e9))
     status, folder = go("--task lung --dry-run")
     out = capsys.readouterr().out
     assert status == 0 and out.startswith(f"{folder} on cpu\n")
     assert f"  data             {root}, X-rays\n" in out and "  steps            4 " in out
     assert "  Train            18 images, 4 evaluated\n" in out
     assert "  Val              15 images, 4 evaluated\n" in out and "  Test " not in out
-    time = r"  time             about 0:13 \(2\.00? s a step, evaluations included\)\n$"
-    assert re.search(time, out)
+    time = r"  time             about 0:13 \(2\.00? s a step, evaluations included\)\n"
+    assert re.search(time + "  memory           about 3.1 GB at the peak of a step\n$", out)
     assert go("--task lung --test --dry-run")[0] == 0
     test = "  Test             3 images, all 3 evaluated (fewer than 4)\n"
     assert test in capsys.readouterr().out
@@ -618,12 +618,14 @@ def test_the_time_of_a_step_is_measured_on_as_many_images_as_take_five_seconds(m
     clock = types.SimpleNamespace(monotonic=lambda: now)
     monkeypatch.setattr(train, "time", clock)
     monkeypatch.setattr(train.Trainer, "train_step", train_step)
-    monkeypatch.setattr(devices, "fit_memory", lambda trainer: sizes.append(trainer.images))
+    monkeypatch.setattr(memory, "fit_memory", lambda trainer: sizes.append(trainer.images))
+    monkeypatch.setattr(memory, "peak_with", lambda small, cfg: (small.images, cfg.batch_size))
     for seconds_an_image, images, measured in (
         (0.5, 4, [1, 4]),  # the whole batch
         (0.5, 100, [1, 10]),  # 10 images, 10 times as long
         (3.0, 4, [1]),
     ):
         sizes.clear()
-        found = train.seconds_a_step(tiny(batch_size=images), CPU)
+        found, peak = train.cost_of_a_step(tiny(batch_size=images), CPU)
         assert found == pytest.approx(seconds_an_image * images) and sizes == measured
+        assert peak == (measured[-1], images)

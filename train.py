@@ -37,6 +37,7 @@ import devices
 import diffusion
 import evaluate
 import improved
+import memory
 import networks
 import runs
 import score
@@ -117,7 +118,7 @@ class Trainer:
             torch._foreach_lerp_(averaged, weights, 1 - decay)
         return loss
 
-    @devices.halved_when_memory_runs_out
+    @memory.halved_when_memory_runs_out
     def gradient(self, batch):
         """The gradient of the batch's mean loss, micro-batch by micro-batch. Returns that loss.
 
@@ -278,27 +279,28 @@ class Run:
         self.status.show(text, last=step == cfg.steps)
 
 
-def seconds_a_step(cfg, device):
-    """How long a step takes on this machine: two are timed, on noise.
+def cost_of_a_step(cfg, device):
+    """(seconds, peak bytes of this process) of a step on this machine: two are made, on noise.
 
-    They have as many images as take about five seconds, and their time grows to the batch's.
+    They have as many images as take about five seconds, and their cost grows to the batch's.
     """
 
     def timed(n):
         trainer = Trainer(dataclasses.replace(cfg, batch_size=n, micro_batch=0), device)
-        devices.fit_memory(trainer)
+        memory.fit_memory(trainer)
         images, masks = batches.on_device(cfg, batches.noise_split(cfg, n), device)
         trainer.train_step(images, masks).item()  # the first step sets up what it needs
         start = time.monotonic()
         losses = [trainer.train_step(images, masks) for _ in range(2)]
         losses[-1].item()  # waits for the device
-        return (time.monotonic() - start) / 2
+        return (time.monotonic() - start) / 2, trainer
 
     least = devices.world()  # an image for each process
-    first = timed(least)
-    n = min(cfg.batch_size, int(5 * least / first))
-    each = timed(n) / n if n > least else first / least
-    return each * cfg.batch_size
+    n, (seconds, trainer) = least, timed(least)
+    if (more := min(cfg.batch_size, int(5 * n / seconds))) > n:
+        del trainer
+        n, (seconds, trainer) = more, timed(more)
+    return seconds / n * cfg.batch_size, memory.peak_with(trainer, cfg)
 
 
 # ---------------------------------------- the command
@@ -310,12 +312,13 @@ def dry_run(args, cfg, path, step, device):
     cfg = dataclasses.replace(runs.with_steps(cfg, sizes["Train"]), data="")
     lines = [f"{path} on {device}", networks.describe(cfg, words=True)]
     lines += [f"  data             {where}", runs.describe_sizes(cfg, sizes)]
-    if much := devices.shortage(networks.without_memory(cfg), cfg, device):
+    if much := memory.shortage(networks.without_memory(cfg), cfg, device):
         return "\n".join([*lines, f"  time             not measured: {much}"])
-    each = seconds_a_step(cfg, device)
+    each, peak = cost_of_a_step(cfg, device)
     sizes.pop("Test", None)  # it is evaluated once
     total = clock(evaluate.time_left(cfg, sizes, step, each))
     lines.append(f"  time             about {total} ({each:.2f} s a step, evaluations included)")
+    lines.append(f"  memory           about {peak / 1e9:.1f} GB at the peak of a step")
     return "\n".join(lines)
 
 
@@ -330,7 +333,7 @@ def start(args, command):
         message(dry_run(args, cfg, path, step, device))
         return 0
     if not checkpoint:  # the numbers of a resumed run are in memory already
-        much = devices.shortage(networks.without_memory(cfg), cfg, device)
+        much = memory.shortage(networks.without_memory(cfg), cfg, device)
         config.refuse(much, much)
     cfg, splits = runs.load_splits(args, cfg, checkpoint, path)
     test = {"Test": splits.pop("Test")} if args.test else {}
@@ -342,7 +345,7 @@ def start(args, command):
     with devices.locked(path):
         run = Run(cfg, device, path, splits, checkpoint, command)
         del checkpoint  # a copy of all that the run now holds
-        message(f"  memory           {devices.fit_memory(run.trainer)}")
+        message(f"  memory           {memory.fit_memory(run.trainer)}")
         return finish(run, test)
 
 
