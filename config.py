@@ -63,15 +63,15 @@ class Config:
                         "network", choices=CONDITIONINGS)
     draw: str = setting("X-rays", "what synthesis draws: X-rays, or masks", "§3, §4",
                         choices=conditions.DRAWN)
-    given: str = setting("", "what it draws them from: class, lung, infection, joined by +", "§4",
-                         LEARN)
+    given: str = setting("", "what X-rays are drawn from: class, lung, infection, joined by +",
+                       "§4", LEARN)
     drop: float = setting(0.4, "how often some of what is given is taken away", "[8]", least=0,
                           most=1)
     size: str = setting("report", "of network, batch and evaluation", "", LEARN,
                         {"no GPU": "small"}, choices=SIZES)
     recipe: str = setting("report", "as printed, or what wins here", "", LEARN,
                           {"no GPU": "best"}, choices=RECIPES)
-    objective: str = setting("eps", "noise it learns at: steps 1..T, ten levels, every real t",
+    objective: str = setting("eps", "noise it learns: at steps 1..T; ncsn: ten levels; vp: all t",
                              "Eq. (7), §2.1", LEARN, {}, "diffusion", choices=OBJECTIVES)
     target: str = setting("eps", "what the network predicts", "Eq. (7)", LEARN,
                           {"best": "v"}, "diffusion", choices=diffusion.TARGETS)
@@ -97,8 +97,8 @@ class Config:
     held_out: float = setting(0.0, "share of Train kept to stand for Val", least=0, most=0.5)
 
     steps: int = setting(0, "gradient steps, instead of epochs", "§4.4, §4.5", TRAINING,
-                         {"own": 4000, "small synthesis": 1500, "small lung": 850,
-                          "small infection": 1700, "small own": 850}, least=0, most=10**12)
+                         {"your own": 4000, "small synthesis": 1500, "small lung": 850,
+                          "small infection": 1700, "small your own": 850}, least=0, most=10**12)
     epochs: float = setting(100.0, "passes over the training images, instead of steps",
                             "§4.4, §4.5", TRAINING, {"infection": 2400.0}, least=1e-3, most=10**6)
     batch_size: int = setting(512, "images a step", "§4.4", TRAINING, {"small": 16},
@@ -110,8 +110,8 @@ class Config:
                           least=0, most=10**12)
     max_grad_norm: float = setting(1.0, "largest gradient norm; 0: no limit", least=0, most=10**6)
     weight_decay: float = setting(0.01, "of AdamW", least=0, most=100)
-    ema: float = setting(0.999, "decay of the averaged weights, which are evaluated; 0: none", "",
-                         None, {"small": 0.995}, least=0, most=0.999999999)
+    ema: float = setting(0.999, "decay of the averaged, evaluated weights, after a ramp; 0: none",
+                         "", None, {"small": 0.995}, least=0, most=0.999999999)
     seed: int = setting(0, "of weights, order and noise", "", TRAINING, least=0, most=2**32 - 1)
 
     channels: int = setting(192, "width of the first level", "§3.2", least=2, most=4096,
@@ -283,7 +283,7 @@ def configure(args, device):
 
 def words_of(given, device):
     """What the cases of the settings speak of: the task, masks, published, no GPU, ..."""
-    words = {given["task"], "own"} if given["task"] == "masks" else {given["task"]}
+    words = {given["task"], "your", "own"} if given["task"] == "masks" else {given["task"]}
     if device.type != "cuda":
         words |= {"no", "GPU"}
     if devices.bf16_is_fast(device):

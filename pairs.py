@@ -31,7 +31,7 @@ from console import UserError, message, progress_line, refuse
 from data import SPLITS
 
 PARTS = ("images", "masks")
-SHARES = {"Train": 0.64, "Val": 0.16, "Test": 0.20}  # 80 % as the report's, a fifth of it for Val
+SHARES = {"Train": 0.64, "Val": 0.16, "Test": 0.20}  # as COVID-QU-Ex is divided
 SHOWN = 5  # names in a message
 ALIKE = 0.95  # correlation of two thumbnails from which two images are called near duplicates
 
