@@ -9,14 +9,14 @@ r"""What a user waits and pays for, measured in one run on this machine.
     python benchmark.py --out results/cpu.json  keep the numbers, with hardware and commit
 
 The training step is Trainer.train_step and the sampler is evaluate.sample_masks: what train.py and
-sample.py call, not copies. Their arithmetic is counted on the network itself (flops_of). A "share"
-is that arithmetic a second, over what this machine reaches at a plain matrix product or convolution
-in the same number format. Jobs take turns in rounds, and the median of a job's rounds counts: what
-else the machine does changes ratios less than seconds.
+sample.py call, not copies. Their arithmetic is counted on the network itself (networks.flops_of). A
+"share" is that arithmetic a second, over what this machine reaches at a plain matrix product or
+convolution in the same number format; "training step: ..." is a part of the step's time. Jobs take
+turns in rounds, and the median of a job's rounds counts: what else the machine does changes ratios
+less than seconds.
 """
 
 import argparse
-import copy
 import gc
 import math
 import os
@@ -32,7 +32,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import baselines
 import batches
@@ -44,7 +43,6 @@ import diffusion
 import evaluate
 import memory
 import networks
-import patches
 import peers
 import phantoms
 import runs
@@ -125,44 +123,6 @@ def machine_rates(device, dtype, rounds=5):
     with torch.inference_mode():
         seconds = interleaved(jobs, device, rounds, warm=2)
     return {name: amount / seconds[name] for name, amount in zip(jobs, amounts)}
-
-
-def attend_by(model, attend):
-    """Let all attention of a model be computed by attend(q, k, v), a function like unet.attend."""
-    for layer in model.modules():
-        if isinstance(layer, (unet.LinearAttention, unet.CrossAttention)):
-            layer.attend = attend
-
-
-def flops_of(model, *args):
-    """Floating-point operations of one forward pass: twice its multiply-accumulates.
-
-    Attention is counted in the formula of §3.2: torch does not see inside its fused kernels on
-    every device. Q K^T and (...) V take 2 * 2 * N^2 * C for N positions and C channels.
-    """
-    model = copy.deepcopy(model)
-    attend_by(model, unet.attend)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*args)
-    return counter.get_total_flops()
-
-
-def flops_of_a_pass(cfg):
-    """Of one image through the U-Net; counted on torch's meta device, which computes nothing."""
-    net = networks.without_memory(cfg).unet
-    with torch.device("meta"):
-        xt = torch.empty(1, net.in_channels, *2 * [patches.positions_of(cfg.image_size)])
-        return flops_of(net, xt, torch.ones(1, dtype=torch.long))
-
-
-def flops_of_passes(cfg, passes):
-    """Of so many passes for one image, whose X-ray is embedded once; a supervised model has one."""
-    model = networks.without_memory(cfg)
-    with torch.device("meta"):
-        y, t = torch.empty(1, 1, cfg.image_size, cfg.image_size), torch.ones(1, dtype=torch.long)
-        if cfg.supervised:
-            return flops_of(model, y)
-        return flops_of(model, y, t, y) + (passes - 1) * flops_of_a_pass(cfg)
 
 
 # ---------------------------------------- the jobs
@@ -249,14 +209,15 @@ def measure(cfg, device, rounds, folder):
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     rates = machine_rates(device, dtype, rounds)
     product, convolution = rates["matrix product"], rates["convolution"]
-    step_flops = 3 * flops_of_passes(cfg, 1) * cfg.batch_size  # backward: twice forward
-    sample_flops = flops_of_passes(cfg, cfg.ensemble * cfg.ddim_steps) * n
+    step_flops = 3 * networks.flops_of_passes(cfg, 1) * cfg.batch_size  # backward: twice forward
+    sample_flops = networks.flops_of_passes(cfg, cfg.ensemble * cfg.ddim_steps) * n
     numbers = {
         "seconds a training step": seconds["step"],
         "training images/s": cfg.batch_size / seconds["step"],
         "training FLOP a step": step_flops,
         "training share of matrix product": step_flops / seconds["step"] / product,
         "training share of convolution": step_flops / seconds["step"] / convolution,
+        **shares_of_a_step(cfg, device, rounds),
         f"sampling images/s, DDIM-{cfg.ddim_steps}": n / seconds["sample"],
         "sampling share of matrix product": sample_flops / seconds["sample"] / product,
         "training peak memory, GB": peak_memory(two_steps, training_job, cfg, device) / 1e9,
@@ -268,6 +229,27 @@ def measure(cfg, device, rounds, folder):
         "copy, GB/s": rates["copy"] / 1e9,
     }
     return {name: number for name, number in numbers.items() if not math.isnan(number)}
+
+
+def shares_of_a_step(cfg, device, rounds):
+    """Where the time of a training step goes: {part: share}."""
+    trainer = trainer_of(cfg, device)
+    images = batches.on_device(cfg, batches.noise_split(cfg, 2 * cfg.batch_size), device)
+    batch = batches.batch(cfg, 1, *images)
+
+    def forward():
+        for part in batch.parts(trainer.micro_batch):
+            with devices.autocast(cfg, device):
+                trainer.loss(trainer.model, part)
+
+    jobs = dict(step=partial(trainer.train_step, *images), forward=forward)
+    jobs |= dict(batch=partial(batches.batch, cfg, 1, *images))
+    jobs |= dict(gradient=partial(trainer.gradient, batch))
+    seconds = interleaved(jobs, device, rounds)
+    parts = {"drawing the batch": seconds["batch"], "forward": seconds["forward"]}
+    parts["backward"] = seconds["gradient"] - seconds["forward"]
+    parts["AdamW, clipping, EMA"] = seconds["step"] - seconds["gradient"] - seconds["batch"]
+    return {f"training step: {name}": part / seconds["step"] for name, part in parts.items()}
 
 
 def start_up(folder, cfg, device):
@@ -337,7 +319,9 @@ def models(cfg, device, rounds):
     rows = []
     for name, c in ((name, configs[name]) for name in filter(mask_s.get, configs)):
         row = dict(model=name, parameters=networks.parameters(networks.without_memory(c)))
-        row |= dict(flop=flops_of_passes(c, c.ensemble * c.ddim_steps), mask=mask_s[name] / n)
+        row |= dict(
+            flop=networks.flops_of_passes(c, c.ensemble * c.ddim_steps), mask=mask_s[name] / n
+        )
         rows.append(row | dict(training=step_s.get(c.model, math.nan) / c.batch_size))
     return rows
 
@@ -385,7 +369,7 @@ def step_without(choice, cfg, device):
         weights, decay = trainer.model.parameters(), cfg.weight_decay
         trainer.optimizer = torch.optim.AdamW(weights, cfg.lr, weight_decay=decay)
     if choice == PLAIN_FORMULA:
-        attend_by(trainer.model, F.scaled_dot_product_attention)
+        networks.attend_by(trainer.model, F.scaled_dot_product_attention)
     if choice == "no recomputation":
         unet.recompute_blocks(trainer.model, True)
     return training_job(trainer.cfg, device, trainer)
@@ -398,7 +382,7 @@ def samples_without(cfg, device):
     for layer in groups.modules():
         if isinstance(layer, unet.GroupNorm):
             layer.contiguous_below = 0
-    attend_by(attention, F.scaled_dot_product_attention)
+    networks.attend_by(attention, F.scaled_dot_product_attention)
     models = {
         AS_IT_IS: as_it_is,
         "channels last on a CPU": plain,

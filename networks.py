@@ -1,10 +1,14 @@
-"""The network of a configuration, and the configuration in words."""
+"""The network of a configuration, its arithmetic, and the configuration in words."""
+
+import copy
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import baselines
 import conditions
 import patches
+import unet
 from conditional import begin_as_addition
 from config import FOUND, NOT_OF, SETTINGS, flag
 from console import UserError
@@ -47,6 +51,50 @@ def without_memory(cfg):
 def parameters(module):
     """How many numbers a module learns."""
     return sum(p.numel() for p in module.parameters())
+
+
+# ---------------------------------------- its arithmetic
+
+
+def attend_by(model, attend):
+    """Let all attention of a model be computed by attend(q, k, v), a function like unet.attend."""
+    for layer in model.modules():
+        if isinstance(layer, (unet.LinearAttention, unet.CrossAttention)):
+            layer.attend = attend
+
+
+def flops_of(model, *args):
+    """Floating-point operations of one forward pass: twice its multiply-accumulates.
+
+    Attention is counted in the formula of §3.2: torch does not see inside its fused kernels on
+    every device. Q K^T and (...) V take 2 * 2 * N^2 * C for N positions and C channels.
+    """
+    model = copy.deepcopy(model)
+    attend_by(model, unet.attend)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*args)
+    return counter.get_total_flops()
+
+
+def flops_of_a_pass(cfg):
+    """Of one image through the U-Net; counted on torch's meta device, which computes nothing."""
+    net = without_memory(cfg).unet
+    with torch.device("meta"):
+        xt = torch.empty(1, net.in_channels, *2 * [patches.positions_of(cfg.image_size)])
+        return flops_of(net, xt, torch.ones(1, dtype=torch.long))
+
+
+def flops_of_passes(cfg, passes):
+    """Of so many passes for one image, whose X-ray is embedded once; a supervised model has one."""
+    model = without_memory(cfg)
+    with torch.device("meta"):
+        y, t = torch.empty(1, 1, cfg.image_size, cfg.image_size), torch.ones(1, dtype=torch.long)
+        if cfg.supervised:
+            return flops_of(model, y)
+        return flops_of(model, y, t, y) + (passes - 1) * flops_of_a_pass(cfg)
+
+
+# ---------------------------------------- in words
 
 
 def describe(cfg, words=False):

@@ -40,7 +40,7 @@ def test_sec32_the_reports_network_takes_the_published_number_of_multiply_accumu
     """Counted on the meta device, one image of 64x64."""
     with torch.device("meta"):
         net, xt = unet.UNet(in_channels), torch.empty(1, in_channels, 64, 64)
-        assert benchmark.flops_of(net, xt, torch.ones(1, dtype=torch.long)) == 2 * macs
+        assert networks.flops_of(net, xt, torch.ones(1, dtype=torch.long)) == 2 * macs
 
 
 def test_the_count_does_not_depend_on_the_device_and_grows_with_the_batch():
@@ -49,7 +49,7 @@ def test_the_count_does_not_depend_on_the_device_and_grows_with_the_batch():
     def count(device, n):
         with torch.device(device):
             net, xt = networks.build_model(tiny()).unet, torch.zeros(n, 17, 16, 16)
-            return benchmark.flops_of(net, xt, torch.ones(n, dtype=torch.long))
+            return networks.flops_of(net, xt, torch.ones(n, dtype=torch.long))
 
     assert count("cpu", 1) == count("meta", 1) and count("cpu", 3) == 3 * count("cpu", 1)
 
@@ -58,7 +58,7 @@ def test_counting_leaves_the_network_as_it_was():
     """The formula is counted on a copy: no hook, no other attention stays behind."""
     net = networks.build_model(tiny()).unet
     before = [module.__dict__.copy() for module in net.modules()]
-    benchmark.flops_of(net, torch.zeros(1, 17, 16, 16), torch.ones(1, dtype=torch.long))
+    networks.flops_of(net, torch.zeros(1, 17, 16, 16), torch.ones(1, dtype=torch.long))
     assert before == [module.__dict__ for module in net.modules()]
 
 
@@ -72,8 +72,8 @@ def test_attention_takes_two_products_and_its_projections(device):
     C, N, M = 64, 4 * 4, 2 * 2
     with torch.device(device):
         x, context = torch.zeros(1, C, 4, 4), torch.zeros(1, 32, 2, 2)
-        itself = benchmark.flops_of(unet.LinearAttention(C, 16), x)
-        cross = benchmark.flops_of(unet.CrossAttention(C, 32, 16), x, context)
+        itself = networks.flops_of(unet.LinearAttention(C, 16), x)
+        cross = networks.flops_of(unet.CrossAttention(C, 32, 16), x, context)
     assert itself == 4 * N * N * C + 2 * (3 * C * C + C * C) * N
     projections = (C + 24) * C * N + (32 + 24) * C * M + 32 * C * M + C * C * N
     assert cross == 4 * N * M * C + 2 * projections
@@ -156,6 +156,21 @@ def test_rates_are_work_over_time(monkeypatch):
     rates = benchmark.machine_rates(CPU, torch.float32)
     convolution = 9 * 64 * 64 * 16 * 64 * 64
     assert rates == {"matrix product": 2048**3, "convolution": convolution, "copy": 2**26}
+
+
+def test_the_parts_of_a_step_make_up_the_step(monkeypatch):
+    """By a clock that gives each job a time of its own. The jobs are run, too."""
+    done = []
+
+    def interleaved(jobs, device, rounds):
+        done.extend([jobs["step"](), jobs["forward"](), jobs["batch"](), jobs["gradient"]()])
+        return {"step": 10, "batch": 1, "forward": 2, "gradient": 7}
+
+    monkeypatch.setattr(benchmark, "interleaved", interleaved)
+    shares = benchmark.shares_of_a_step(tiny(), CPU, 3)
+    assert list(shares.values()) == [0.1, 0.2, 0.5, 0.2]
+    loss, _, batch, again = done
+    assert len(batch.x0) == tiny().batch_size and loss > 0 and again > 0
 
 
 def test_peak_memory_is_that_of_the_work_alone():
@@ -494,12 +509,12 @@ def test_what_a_mask_costs_is_counted_pass_by_pass_and_timed_for_each_model(monk
     one, five, fifty, nine = (flop[f"diffusion, {name}"] for name in names)
     net = networks.build_model(cfg).unet
     t = torch.ones(1, dtype=torch.long)
-    a_pass = benchmark.flops_of(net, torch.zeros(1, 17, 32, 32), t)
+    a_pass = networks.flops_of(net, torch.zeros(1, 17, 32, 32), t)
     assert one == flop["report-unet"] > a_pass
     assert (five - one, fifty - one, nine - one) == (4 * a_pass, 49 * a_pass, 26 * a_pass)
     with torch.device("meta"):
         u_net, y = baselines.UNet2015(32), torch.empty(1, 1, 32, 32)
-        assert flop["unet"] == benchmark.flops_of(u_net, y)
+        assert flop["unet"] == networks.flops_of(u_net, y)
     assert rows["unet"]["parameters"] == 7_765_409
     assert rows["unet"]["mask"] == rows["unet"]["training"] == 0.5
     table = benchmark.tables(result(models=list(rows.values())))
@@ -717,7 +732,7 @@ def test_the_command_prints_its_table_and_writes_its_numbers(known_machine, tmp_
     result = json.loads(file.read_text())
     m = result["measured"]
     assert m["training images/s"] == pytest.approx(2 / m["seconds a training step"])
-    a_pass = benchmark.flops_of_a_pass(tiny(image_size=64))
+    a_pass = networks.flops_of_a_pass(tiny(image_size=64))
     embedded = embedder_flops(tiny(image_size=64))
     flops = 3 * 2 * (a_pass + embedded)  # two images
     assert m["training FLOP a step"] == flops
