@@ -243,7 +243,7 @@ def parse(argv):
     task = dict(choices=("lung", "infection"), default="lung")
     p.add_argument("--task", **task, help="pairs: what the masks show; default %(default)s")
     p.add_argument("--labels", **number, nargs="*", default=[], help="pairs: few images of Train")
-    p.add_argument("--draws", **number, default=5, help="how often these are drawn anew")
+    p.add_argument("--draws", **number, default=5, help="how often these are drawn; default 5")
     p.add_argument("--steps", **number, default=400, help="pairs: of training; default %(default)s")
     p.add_argument("--data", type=path_of, metavar="DIR", help="COVID-QU-Ex; default: phantoms")
     p.add_argument("--device", help="cuda, mps or cpu; default: the best there is")

@@ -319,11 +319,17 @@ def parse(argv):
     task = dict(choices=("lung", "infection"), default="infection")
     p.add_argument("--task", **task, help="labels: what the masks show; default %(default)s")
     number, counts = dict(type=int, metavar="N"), dict(nargs="+", default=[5, 10, 20, 50])
-    p.add_argument("--labels", **number, **counts, help="numbers of labelled images")
-    p.add_argument("--draws", **number, default=5, help="how often these images are drawn anew")
+    p.add_argument(
+        "--labels", **number, **counts, help="labels: images with a mask; default 5 10 20 50"
+    )
+    p.add_argument(
+        "--draws", **number, default=5, help="labels: how often they are drawn; default 5"
+    )
     default = [25, 50, 100, 1000]
-    p.add_argument("--passes", **number, nargs="+", default=default, help="likelihood: numbers of")
-    p.add_argument("--images", **number, default=64, help="of validation, at most")
+    p.add_argument(
+        "--passes", **number, nargs="+", default=default, help="likelihood; default 25 50 100 1000"
+    )
+    p.add_argument("--images", **number, default=64, help="of validation, at most; default 64")
     p.add_argument("--data", type=path_of, metavar="DIR", help="COVID-QU-Ex; default: the run's")
     p.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
     p.add_argument("--out", type=path_of, metavar="FILE", help="write all numbers there as JSON")
