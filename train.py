@@ -12,7 +12,7 @@ r"""Train one model of the report: X-rays from noise (§3), or masks from X-rays
 The images are those of COVID-QU-Ex in ./COVID-QU-Ex or --data DIR; without them, generated chest
 phantoms. Ctrl-C saves the run and says how to go on. Several GPUs, or CPU processes, share a batch:
 
-    torchrun --nproc-per-node 4 train.py --task lung --cond concat     same batches, same numbers
+    torchrun --standalone --nproc-per-node 4 train.py --task lung     same batches, same numbers
 
 A run folder, by default runs/<what it learns>-<seed>, holds checkpoints, log, tables and pictures
 (runs.py lists them).
