@@ -51,6 +51,7 @@ import train
 import unet
 from console import Parser, UserError, exit_status, fits, message, path_of, progress_line
 from memory import peak_memory
+from tables import table
 
 CPU = torch.device("cpu")
 PAIRS = 120  # X-rays with masks that are drawn to be decoded
@@ -453,15 +454,15 @@ def tables(result):
     head = "{task}, " + size + ", {channels} channels, batch {batch_size}, {precision}; "
     head = head.format(**cfg) + "{hardware}, torch {torch}, {commit}".format(**result)
     rows = [[name, f"{value:,.4g}"] for name, value in result["measured"].items()]
-    parts = [table(f"| {head} | |", rows)]
+    parts = [table([head, ""], rows)]
     if "peers" in result:
         parts.append(peers.table(result["peers"]))
     if "models" in result:
-        head = "| model | parameters | training, ms an image | a mask, GFLOP | a mask, ms |"
-        parts.append(table(head, map(cells_of_model, result["models"])))
+        titles = ["model", "parameters", "training, ms an image", "a mask, GFLOP", "a mask, ms"]
+        parts.append(table(titles, map(cells_of_model, result["models"])))
     if "gains" in result:
         rows = [[choice, f"{ratio:.2f}"] for choice, ratio in result["gains"].items()]
-        parts.append(table("| choice | time without it / with it |", rows))
+        parts.append(table(["choice", "time without it / with it"], rows))
     if "scaling" in result:
         parts.append(table_of_scaling(result["scaling"]))
     if "decode" in result:
@@ -469,12 +470,6 @@ def tables(result):
         line += ", read from the cache in {cached:.2f} s"
         parts.append(line.format(**result["decode"]))
     return "\n\n".join(parts)
-
-
-def table(head, rows):
-    """A Markdown table. head: its first line; rows: lists of cells."""
-    line = "|---" * (head.count("|") - 1) + "|"
-    return "\n".join([head, line, *map(evaluate.row_of, rows)])
 
 
 def cells_of_model(row):
@@ -493,7 +488,7 @@ def table_of_scaling(rows):
             cells.append(", ".join(f"{value}: {y:{digits}}" for value, y in numbers.items()))
             cells.append(f"{exponent(numbers):.2f}" if numbers else "")
         lines.append(cells)
-    return table("| against | seconds | exponent | peak, GB | exponent |", lines)
+    return table(["against", "seconds", "exponent", "peak, GB", "exponent"], lines)
 
 
 # ---------------------------------------- the command

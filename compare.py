@@ -39,6 +39,7 @@ import intervals
 import metrics
 import phantoms
 import runs
+import tables
 from console import (
     Parser,
     UserError,
@@ -50,7 +51,7 @@ from console import (
     refuse_out,
 )
 from diffusion import Purpose, philox
-from evaluate import row_of
+from tables import spread
 
 # ---------------------------------------- the runs
 
@@ -154,17 +155,11 @@ def rows_of_dice(groups, judged):
     return rows
 
 
-def spread(values, digits=4):
-    """Mean ± standard deviation of several seeds; of one seed the number itself."""
-    sd = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{sd}"
-
-
 def table_of_dice(rows):
     """What rows_of_dice returns, as Markdown."""
     names = ["run", "steps", "seeds", "masks x passes", "DICE", "less the first row's"]
     names += ["outlines, pixels apart"] if "outlines" in rows[0] else []
-    lines = [row_of(names), "|---" * len(names) + "|"]
+    lines = []
     for row in rows:
         cells = [row["name"], row["steps"], len(row["seeds"]), f"{row['masks']} x {row['passes']}"]
         apart = (
@@ -172,8 +167,8 @@ def table_of_dice(rows):
         )
         cells += [spread(row["DICE"]), apart]
         cells += [spread(row["outlines"], 2)] if "outlines" in row else []
-        lines.append(row_of(map(str, cells)))
-    return "\n".join(lines)
+        lines.append(map(str, cells))
+    return tables.table(names, lines)
 
 
 def dice(args, trained, root, device):
@@ -229,21 +224,15 @@ def rows_of_time(groups, seconds, reach):
 def table_of_time(rows):
     """What rows_of_time returns, as Markdown."""
     reached = list(rows[0]["reached"])
-    names = [
-        "run",
-        "passes",
-        "seconds a step",
-        "minutes",
-        "DICE",
-        *(f"min to {d}" for d in reached),
-    ]
-    lines = [row_of(names), "|---" * len(names) + "|"]
+    names = ["run", "passes", "seconds a step", "minutes", "DICE"]
+    names += [f"min to {d}" for d in reached]
+    lines = []
     for row in rows:
         cells = [row["name"], str(row["passes"]), f"{row['step']:.3f}"]
         cells += [f"{row['minutes'][-1]:.1f}", f"{row['DICE'][-1]:.4f}"]
         cells += ["" if m is None else f"{m:.1f}" for m in row["reached"].values()]
-        lines.append(row_of(cells))
-    return "\n".join(lines)
+        lines.append(cells)
+    return tables.table(names, lines)
 
 
 def time(args, trained, root, device):
@@ -303,9 +292,9 @@ def shares(args, trained, root, device):
 
 
 def table(result):
-    """What a comparison found, as Markdown."""
-    tables = {"dice": table_of_dice, "time": table_of_time, "shares": table_of_shares}
-    return tables[result["compare"]](result["rows"])
+    """What a comparison found, as a Markdown table."""
+    of = {"dice": table_of_dice, "time": table_of_time, "shares": table_of_shares}
+    return of[result["compare"]](result["rows"])
 
 
 def table_of_shares(rows):
@@ -313,15 +302,15 @@ def table_of_shares(rows):
     facts = ("coverage", "width", "interval score", "CRPS")
     names = ["spread", "DICE", "bias", "mean absolute error"]
     names += [f"raw: {facts[0]}", *facts[1:], f"conformal: {facts[0]}", *facts[1:]]
-    lines = [row_of(names), "|---" * len(names) + "|"]
+    lines = []
     for row in rows:
         cells = [row["spread"], f"{row['DICE']:.4f}", f"{row['bias']:+.4f}"]
         cells.append(f"{row['mean absolute error']:.4f}")
         for kind in ("raw", "conformal"):
             found = row.get(kind) or dict.fromkeys(facts, math.nan)
             cells += [f"{found[fact]:.3f}" for fact in facts[:3]] + [f"{found['CRPS']:.4f}"]
-        lines.append(row_of(cells).replace("nan", ""))
-    return "\n".join(lines)
+        lines.append(cell.replace("nan", "") for cell in cells)
+    return tables.table(names, lines)
 
 
 def way(text):
@@ -398,7 +387,7 @@ def carry_out(args):
     check(args, trained)
     cfg = phantoms.find_data(trained[0].cfg, args.data)
     study = {"dice": dice, "time": time, "shares": shares}[args.compare]
-    kind = "phantoms" if cfg.phantoms else "X-rays"
+    kind = cfg.images_are
     what = {"compare": args.compare, "data": kind, "split": args.split, "task": cfg.task}
     what |= {"precision": cfg.precision, "runs": {run: trained_at(run) for run in args.runs}}
     result = what | study(args, trained, cfg.data, device)

@@ -160,6 +160,11 @@ class Config:
         return self.model != "diffusion"
 
     @property
+    def images_are(self):
+        """What tables and pictures call the images: phantoms, or X-rays."""
+        return "phantoms" if self.phantoms else "X-rays"
+
+    @property
     def images_of(self):
         """The task whose folders hold the images."""
         with_infections = "infection" in (self.draw, *conditions.kinds_of(self.given))

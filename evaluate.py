@@ -21,6 +21,7 @@ import fullsize
 import improved
 import metrics
 import score
+import tables
 from conditional import repeated
 from console import Parser, UserError, exit_status, message, passes_line, path_of
 from devices import autocast, cast_once, divided_among_processes, world
@@ -298,7 +299,7 @@ def markdown_table(cfg, line, split="Val"):
 
     KeyError, TypeError or ValueError: the line is not an evaluation of such a run.
     """
-    what = f"step {line['step']}, {'phantoms' if cfg.phantoms else 'X-rays'}"
+    what = f"step {line['step']}, {cfg.images_are}"
     if cfg.task == "synthesis":
         lines = [f"| synthesis, {what} | validation |", "|---|---|"]
         lines.append(f"| Train loss | {line['Train']['loss']:.4f} |")
@@ -310,19 +311,20 @@ def markdown_table(cfg, line, split="Val"):
     columns = [f"{config.kind_of(cfg, ' masks')}, {what}"]
     columns += [f"report, Table {number}: addition", "report: concatenation"] if report else []
     columns += [f"here: {n} of train", f"**here: {m} of {of}**", "mean ± sd of the images"]
-    lines = [row_of(columns), "|---" * len(columns) + "|"]
+    lines = []
     for name in metrics.NAMES:
         mean, sd, _ = line[split]["per image"][name]
         train, val = line["Train"]["pooled"][name], line[split]["pooled"][name]
         numbers = [f"{value:.4f}" for value in (*report.get(name, ()), train)]
-        lines.append(row_of([name, *numbers, f"**{val:.4f}**", f"{mean:.4f} ± {sd:.4f}"]))
+        lines.append([name, *numbers, f"**{val:.4f}**", f"{mean:.4f} ± {sd:.4f}"])
+    found = tables.table(columns, lines)
     if full := line[split].get(FULL_SIZE):
         numbers = "DICE {DICE index:.4f}, outlines {outline distance:.2f} pixels apart"
-        lines += ["", f"At the size of the files, {of}: {numbers.format(**full)}."]
-    return with_note("\n".join(lines))
+        found += f"\n\nAt the size of the files, {of}: {numbers.format(**full)}."
+    return with_note(found)
 
 
-def tables(cfg, line, tested):
+def tables_of(cfg, line, tested):
     """{file: table} of an evaluation, and of Test where there is {"Test": as evaluate_masks}."""
     files = {"table.md": markdown_table(cfg, line)}
     return files | ({"test.md": markdown_table(cfg, line | tested, "Test")} if tested else {})
@@ -333,11 +335,6 @@ def with_note(table):
     cell = "| Balanced Accuracy | 0.9672 | 0.9793"
     note = "\n\n† a misprint: (0.9502 + 0.9878) / 2 = 0.9690"
     return table.replace(cell, f"{cell}†") + note * (cell in table)
-
-
-def row_of(cells):
-    """A row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
 
 
 def comparison(results):
@@ -353,14 +350,12 @@ def comparison(results):
                 numbers = [f"{table[name][i]:.4f}" for name in metrics.NAMES]
                 columns.append((f"report: {task}, {cond}", numbers))
         for run in runs:
-            kind = "phantoms" if run["config"]["phantoms"] else "X-rays"
-            how = config.kind_of(config.from_dict(run["config"]))
+            cfg = config.from_dict(run["config"])
             pooled = run["evaluation"]["Val"]["pooled"]
             numbers = [f"{pooled[name]:.4f}" for name in metrics.NAMES]
-            columns.append((f"{kind}: {how}", numbers))
+            columns.append((f"{cfg.images_are}: {config.kind_of(cfg)}", numbers))
     titles, columns = zip(*columns)
-    lines = [row_of(titles), "|---" * len(titles) + "|", *map(row_of, zip(*columns))]
-    return with_note("\n".join(lines))
+    return with_note(tables.table(titles, zip(*columns)))
 
 
 def parse(argv):

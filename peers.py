@@ -13,6 +13,8 @@ import importlib.util
 
 import torch
 
+import tables
+
 PEERS = {  # the name here, and the package to import
     "diffusers": "diffusers",
     "monai": "monai",
@@ -154,11 +156,11 @@ def table(rows):
     theirs = [row for row in rows if row["network"] in PEERS]
     base = min(theirs, key=lambda row: row["step"], default=rows[0])
     times = f"times as fast as {base['network']}"
-    lines = [f"| network | parameters | step, s | {times} | DDIM-10 of 8, s | {times} | peak, GB |"]
-    lines.append("|---" * 7 + "|")
+    titles = ["network", "parameters", "step, s", times, "DDIM-10 of 8, s", times, "peak, GB"]
+    lines = []
     for row in rows:
         cells = [row["network"], f"{row['parameters']:,}"]
         for kind in ("step", "sampling"):
             cells += [f"{row[kind]:.3f}", f"{base[kind] / row[kind]:.2f}"]
-        lines.append(f"| {' | '.join(cells)} | {row['memory'] / 1e9:.2f} |")
-    return "\n".join(lines)
+        lines.append([*cells, f"{row['memory'] / 1e9:.2f}"])
+    return tables.table(titles, lines)

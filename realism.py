@@ -32,6 +32,7 @@ import image_metrics
 import phantoms
 import runs
 import synthesis
+import tables
 import train
 from console import (
     Parser,
@@ -122,7 +123,7 @@ def table_of_distances(rows):
     """The rows of `distances`, as Markdown."""
     columns = ["images", "w", "KID, texture", "Fréchet, texture", "KID, plain", "precision"]
     columns += ["recall", "C_T", "control", "judged right"]
-    lines = [evaluate.row_of(columns), "|---" * len(columns) + "|"]
+    lines = []
     for row in rows:
         cells = [f"{row['N']} {row['images']}", str(row.get("guidance", ""))]
         for name, digits in (("KID, texture", 1), ("Fréchet, texture", 1), ("KID, plain", 4)):
@@ -131,8 +132,8 @@ def table_of_distances(rows):
         cells += [f"{row[name]:.3f}" for name in ("precision", "recall")]
         cells += [f"{row[name]:.1f}" for name in ("C_T", "C_T, control")]
         cells.append(f"{row['judged right']:.3f}" if "judged right" in row else "")
-        lines.append(evaluate.row_of(cells))
-    return "\n".join(lines)
+        lines.append(cells)
+    return tables.table(columns, lines)
 
 
 # ---------------------------------------- train on drawn, test on real
@@ -201,17 +202,15 @@ def pairs(cfg, splits, drawn, labels, draws, device):
 
 def table_of_pairs(rows):
     """The rows of `pairs`, as Markdown: mean ± standard deviation over the draws of few images."""
-    lines = ["| real images | drawn pairs | DICE | more than without |", "|---" * 4 + "|"]
-    by_set = {}
+    lines, by_set = [], {}
     for row in rows:
         by_set.setdefault((row["real"], row["drawn"]), []).append(row["DICE index"])
     for (n, m), values in by_set.items():
-        spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
         alone = by_set.get((n, 0), []) if m else []
         gains = [a - b for a, b in zip(values, alone)]
         gain = f"in {sum(g > 0 for g in gains)} of {len(gains)} draws" if gains else ""
-        lines.append(evaluate.row_of([str(n), str(m), f"{np.mean(values):.4f}{spread}", gain]))
-    return "\n".join(lines)
+        lines.append([str(n), str(m), tables.spread(values), gain])
+    return tables.table(["real images", "drawn pairs", "DICE", "more than without"], lines)
 
 
 # ---------------------------------------- the command
@@ -267,7 +266,7 @@ def carry_out(args):
         cfg, result = measure_distances(args, device)
     else:
         cfg, result = measure_pairs(args, device)
-    kind = "phantoms" if cfg.phantoms else "X-rays"
+    kind = cfg.images_are
     result = {"realism": args.realism, "data": kind, "places": args.places} | result
     message(f"{kind}, {config.kind_of(cfg)}\n\n{table(result)}")
     if args.out:

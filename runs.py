@@ -401,7 +401,7 @@ class Folder:
         import figures  # matplotlib takes a while to load
 
         cfg = self.cfg
-        title = f"{config.kind_of(cfg)}, {'phantoms' if cfg.phantoms else 'X-rays'}, step {step}"
+        title = f"{config.kind_of(cfg)}, {cfg.images_are}, step {step}"
         if not self.finished:
             self.write("curves.png", lambda f: figures.save_curves(f, lines, title))
         if cfg.task == "synthesis":

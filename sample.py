@@ -57,6 +57,7 @@ import metrics
 import pairs
 import runs
 import synthesis
+import tables
 from console import Parser, UserError, exit_status, message, path_of, printable, refuse, write_whole
 
 # Settings of the run that a flag replaces
@@ -326,7 +327,7 @@ def score_table(images, counts, title):
     head = ["image", *metrics.NAMES]
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     table = [head, ["-" * width for width in widths], *rows]
-    lines = [evaluate.row_of(map(str.ljust, row, widths)) for row in table]
+    lines = [tables.row_of(map(str.ljust, row, widths)) for row in table]
     note = ["", "nan is 0/0: nothing to count"] if undefined else []
     return "\n".join([title, "", *lines, *note])
 
@@ -401,7 +402,7 @@ def use_run(args):
         whole, words = pixels_of_lungs(args.lungs, small, device), "the lungs"
     out.mkdir(parents=True, exist_ok=True)
 
-    kind = "phantoms" if cfg.phantoms else "X-rays"
+    kind = cfg.images_are
     title = f"{config.kind_of(cfg)}, trained on {kind}, step {step}"
     passes = evaluate.passes_of(cfg)
     how = f"{passes} DDIM steps" if cfg.sampler == "ddim" else f"{passes} passes, {cfg.sampler}"

@@ -39,6 +39,7 @@ import networks
 import phantoms
 import probes
 import runs
+import tables
 import train
 from console import (
     Parser,
@@ -285,29 +286,26 @@ def table_of_bounds(bounds):
         bits = np.array(found["bits"])
         error = f" ± {bits.std(ddof=1) / len(bits) ** 0.5:.4f}" if len(bits) > 1 else ""
         rows[found["passes"]].append(f"{bits.mean():.4f}{error}")
-    return "\n".join(map(evaluate.row_of, [columns, ["---"] * len(columns), *rows.values()]))
+    return tables.table(columns, rows.values())
 
 
 def table_of_maps(maps):
     """What `anomalies` found, a row for each map."""
     names = ("AUROC", "DICE index", "Sensitivity", "Specificity")
-    lines = ["| map | AUROC | DICE | Sensitivity | Specificity |", "|---" * 5 + "|"]
-    for name, found in maps.items():
-        lines.append(evaluate.row_of([name, *(f"{found[key]:.3f}" for key in names)]))
-    return "\n".join(lines)
+    rows = [[name, *(f"{found[key]:.3f}" for key in names)] for name, found in maps.items()]
+    return tables.table(["map", "AUROC", "DICE", "Sensitivity", "Specificity"], rows)
 
 
 def table_of_labels(rows):
     """What `few_labels` found, mean ± standard deviation over the draws."""
-    lines = ["| labelled images | probe | from scratch |", "|---" * 3 + "|"]
+    lines = []
     for n in sorted({row["labels"] for row in rows}):
         cells = [str(n)]
         for name in ("probe", "from scratch"):
             values = [row[name] for row in rows if row["labels"] == n]
-            spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.4f}{spread}")
-        lines.append(evaluate.row_of(cells))
-    return "\n".join(lines)
+            cells.append(tables.spread(values))
+        lines.append(cells)
+    return tables.table(["labelled images", "probe", "from scratch"], lines)
 
 
 def parse(argv):
@@ -375,7 +373,7 @@ def carry_out(args):
     else:
         rows = few_labels(model, cfg, task, cfg.data, device, args.labels, args.draws, *how)
         result = {"task": task, "images": args.images, "rows": rows}
-    kind = "phantoms" if cfg.phantoms else "X-rays"
+    kind = cfg.images_are
     message(f"{kind}, {args.run}, step {step}\n\n{table(result)}")
     if args.out:
         what = {"study": args.study, "data": kind, "step": step, "seed": cfg.seed}

@@ -13,8 +13,8 @@ from diffusion import Purpose
 
 ROOT = Path(__file__).resolve().parent
 LEVELS = [  # a module imports project modules of lower levels only
-    {"diffusion", "rrdb", "metrics", "console", "figures", "peers"},
-    {"unet", "score", "data", "probes", "image_metrics", "improved"},
+    {"diffusion", "rrdb", "metrics", "console", "figures", "tables"},
+    {"peers", "unet", "score", "data", "probes", "image_metrics", "improved"},
     {"ambiguous", "conditions", "fullsize", "pairs"},
     {"batches", "conditional", "devices"},
     {"baselines", "patches", "memory"},

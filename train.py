@@ -361,7 +361,7 @@ def finish(run, test):
         message(unchanged if folder.finished else f"{at}; go on with: {go_on}")
         return 130
     tested, last = run.test(test) if test else {}, run.log.evaluations(run.protocol)[-1]
-    tables = evaluate.tables(cfg, last, tested)
+    tables = evaluate.tables_of(cfg, last, tested)
     folder.write_results(tables, run.command, last, run.minutes(), tested, run.device)
     shown = "\n\n".join(tables.values())
     message(f"\n{shown}\n\ncheckpoint, pictures and numbers: {folder.place}/")

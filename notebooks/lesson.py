@@ -13,6 +13,7 @@ import devices
 import evaluate
 import phantoms
 import runs
+import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 ALIKE = ("size", "recipe", "data", "image_size", "seed")  # settings of runs that compare
@@ -56,7 +57,7 @@ def networks(*names, device="cpu"):
     found = {}
     for name, place in places.items():
         model, cfg, step = runs.load_run(place, torch.device(device))
-        images = "phantoms" if cfg.phantoms else "X-rays"
+        images = cfg.images_are
         found[name] = Network(model, cfg, f"{images}, {place}, step {step}")
     return found
 
@@ -92,8 +93,7 @@ def table(columns, rows):
     def words(cell):
         return f"{cell:.4f}" if isinstance(cell, float) else str(cell)
 
-    lines = [evaluate.row_of(columns), "|---" * len(columns) + "|"]
-    return Markdown("\n".join([*lines, *(evaluate.row_of(map(words, row)) for row in rows)]))
+    return Markdown(tables.table(columns, (map(words, row) for row in rows)))
 
 
 def progress(label, total):
