@@ -605,12 +605,15 @@ def test_dry_run_of_a_resumed_run_tells_what_is_left(lung_run, capsys):
 
 
 def test_the_time_of_a_step_is_measured_on_as_many_images_as_take_five_seconds(monkeypatch):
-    """By a clock on which an image takes so long, and a first step 100 s more."""
+    """By a clock on which AdamW and an image take so long, and a first step 100 s more.
+
+    A larger batch is that line, continued.
+    """
     now = 0.0
 
     def train_step(self, images, masks):
         nonlocal now
-        now += 100.0 * (self.step == 0) + seconds_an_image * len(images)
+        now += 100.0 * (self.step == 0) + adamw + an_image * len(images)
         self.step += 1
         return torch.zeros(())
 
@@ -620,12 +623,13 @@ def test_the_time_of_a_step_is_measured_on_as_many_images_as_take_five_seconds(m
     monkeypatch.setattr(train.Trainer, "train_step", train_step)
     monkeypatch.setattr(memory, "fit_memory", lambda trainer: sizes.append(trainer.images))
     monkeypatch.setattr(memory, "peak_with", lambda small, cfg: (small.images, cfg.batch_size))
-    for seconds_an_image, images, measured in (
-        (0.5, 4, [1, 4]),  # the whole batch
-        (0.5, 100, [1, 10]),  # 10 images, 10 times as long
-        (3.0, 4, [1]),
+    for adamw, an_image, images, measured in (
+        (0, 0.5, 4, [1, 4]),  # the whole batch
+        (0.25, 0.25, 100, [1, 10]),
+        (2.0, 3.0, 4, [1, 2]),
+        (2.0, 3.0, 1, [1]),
     ):
         sizes.clear()
         found, peak = train.cost_of_a_step(tiny(batch_size=images), CPU)
-        assert found == pytest.approx(seconds_an_image * images) and sizes == measured
+        assert found == pytest.approx(adamw + an_image * images) and sizes == measured
         assert peak == (measured[-1], images)

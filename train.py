@@ -282,7 +282,8 @@ class Run:
 def cost_of_a_step(cfg, device):
     """(seconds, peak bytes of this process) of a step on this machine: two are made, on noise.
 
-    They have as many images as take about five seconds, and their cost grows to the batch's.
+    They have one image, then as many as take about five seconds. A larger batch costs more by what
+    an image costs: AdamW's part is paid once.
     """
 
     def timed(n):
@@ -295,12 +296,15 @@ def cost_of_a_step(cfg, device):
         losses[-1].item()  # waits for the device
         return (time.monotonic() - start) / 2, trainer
 
-    least = devices.world()  # an image for each process
-    n, (seconds, trainer) = least, timed(least)
-    if (more := min(cfg.batch_size, int(5 * n / seconds))) > n:
-        del trainer
-        n, (seconds, trainer) = more, timed(more)
-    return seconds / n * cfg.batch_size, memory.peak_with(trainer, cfg)
+    batch, one = cfg.batch_size, devices.world()  # an image for each process
+    first, trainer = timed(one)
+    if batch == one:
+        return first, memory.peak_with(trainer, cfg)
+    del trainer
+    n = min(batch, max(2 * one, int(5 * one / first)))
+    seconds, trainer = timed(n)
+    an_image = max(0.0, seconds - first) / (n - one)
+    return seconds + (batch - n) * an_image, memory.peak_with(trainer, cfg)
 
 
 # ---------------------------------------- the command
