@@ -10,6 +10,7 @@ import data
 import evaluate
 import intervals
 import metrics
+from diffusion import ImageNoise, ddim_sample, schedule
 from testing import CPU, chests, network
 
 
@@ -51,6 +52,26 @@ def test_masks_know_how_far_the_area_may_be_off_and_independent_pixels_do_not():
         alone.append((pixels * (1 - pixels)).sum())
     assert 0.6 < (ours.mean() / np.mean(exact)) ** 0.5 < 1.2
     assert (np.mean(alone) / np.mean(exact)) ** 0.5 < 0.3
+
+
+def test_the_perfect_network_draws_possible_masks_alone_and_the_trained_one_few():
+    """Possible: equal, pixel by pixel, to one of the K masks of the picture."""
+    model, cfg = network("ambiguous")
+    cfg, s = dataclasses.replace(cfg, ddim_steps=10), schedule(cfg.T, cfg.pixel_shift)
+    p = ambiguous.picture(5, 0)
+
+    def perfect(xt, t, y):
+        a, std = s.abar[t[0]].sqrt(), (1 - s.abar[t[0]]).sqrt()
+        return (xt - a * ambiguous.posterior_mean(p, xt, a, std)) / std
+
+    def possible(masks):
+        drawn = masks.numpy().reshape(-1, 1, 32, 32) > 0
+        return (drawn == p.masks).all((2, 3)).any(1).mean()
+
+    best = ddim_sample(s, perfect, ImageNoise(0, [0], (1, 32, 32), 8), steps=10)
+    y = data.to_float(ambiguous.split([p]).images)
+    ours = evaluate.sample_masks(model, cfg, y, range(1), 8, CPU).flatten(0, 1)
+    assert possible(best) == 1 and possible(ours) < 0.5
 
 
 def test_raw_intervals_of_infections_hold_far_fewer_truths_than_samples_can(diffusion):
