@@ -103,16 +103,20 @@ class Plain(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def draw_curves(ax, lines, style="line", errors=None, marks=None, **axis):
+def draw_curves(
+    ax, lines, style="line", errors=None, marks=None, guides=None, legend="best", **axis
+):
     """Curves that differ in dash and marker, not only in colour.
 
     lines   {label: (x, y)}
     style   "line", "points" or "both"
     errors  {label: half width of the error bars}
     marks   {label: y}: level lines
+    guides  {label: (x, y)}: thin gray lines without a marker, which are no data
+    legend  where it stands, as matplotlib says it: "upper right"
     axis    any of matplotlib's axis properties: xlabel, ylabel, title, xscale, yscale, xlim, ylim
     """
-    errors, marks = errors or {}, marks or {}
+    errors, marks, guides = errors or {}, marks or {}, guides or {}
     if len(lines) + len(marks) > len(LINES):
         raise ValueError(f"at most {len(LINES)} lines can be told apart")
     for (label, (x, y)), (colour, dash, marker) in zip(lines.items(), LINES):
@@ -122,6 +126,8 @@ def draw_curves(ax, lines, style="line", errors=None, marks=None, **axis):
         ax.errorbar(x, y, errors.get(label), label=label, capsize=3, **look)
     for (label, y), (colour, dash, _) in zip(marks.items(), reversed(LINES)):
         ax.axhline(y, label=label, color=colour, linestyle=dash, linewidth=1)
+    for label, (x, y) in guides.items():
+        ax.plot(x, y, label=label, color="0.6", linewidth=1, zorder=1)
     ax.set(**axis)
     for one in (ax.xaxis, ax.yaxis):
         if one.get_scale() == "log":
@@ -129,8 +135,8 @@ def draw_curves(ax, lines, style="line", errors=None, marks=None, **axis):
             one.set_minor_formatter(Plain(minor_thresholds=(1.5, 0.4)))
     ax.title.set_fontsize(9)
     ax.grid(alpha=0.3)
-    if len(lines) + len(marks) > 1:
-        ax.legend(fontsize=9)
+    if len(lines) + len(marks) + len(guides) > 1:
+        ax.legend(fontsize=9, loc=legend)
 
 
 def intervals(estimate, low, high, true, reliability, title):
@@ -154,7 +160,8 @@ def intervals(estimate, low, high, true, reliability, title):
         title=f"{inside:.0%} of the truths are in their intervals; 90 % are wanted",
     )
     pixels = dict(
-        lines={"found": reliability, "ideal": ([0, 1], [0, 1])},
+        lines={"found": reliability},
+        guides={"ideal": ([0, 1], [0, 1])},
         style="both",
         xlabel="probability of a pixel",
         ylabel="share of positive pixels",
@@ -267,6 +274,7 @@ def draw_range(fig, row_axes):
     at 0.
     """
     images = [ax.images[0] for ax in row_axes if ax.images]
+    place = row_axes[-1].inset_axes([1.06, 0, 0.07, 1])  # beside the row, which keeps its columns
     low = min(image.get_array().min() for image in images)
     high = max(image.get_array().max() for image in images)
     if low < 0 < high:
@@ -275,7 +283,7 @@ def draw_range(fig, row_axes):
         colours = "magma"
     for image in images:
         image.set(cmap=colours, clim=(low, high))
-    fig.colorbar(images[-1], ax=list(row_axes), shrink=0.9, pad=0.01).ax.tick_params(labelsize=9)
+    fig.colorbar(images[-1], cax=place).ax.tick_params(labelsize=9)
 
 
 def lay_over(ax, image):

@@ -60,7 +60,7 @@ def test_a_mask_of_one_value_has_no_outline():
 def test_image_rows_puts_each_array_in_its_place():
     """Rows, columns, labels, blanks. A row of numbers has one range and a colour bar.
 
-    Gray values are 0..255.
+    Gray values are 0..255. The colour bar does not move its row against the others.
     """
     numbers = [np.eye(4), 3 * np.eye(4)]
     rows = {"a": [gray(10), None, gray(30)], "b": numbers}
@@ -74,7 +74,10 @@ def test_image_rows_puts_each_array_in_its_place():
     assert not grid[0, 1].images and not grid[1, 2].axison
     assert np.array_equal(grid[1, 1].images[-1].get_array(), numbers[1])
     assert [ax.images[-1].get_clim() for ax in grid[1, :2]] == [(0, 3), (0, 3)]
-    assert len(fig.axes) == 7
+    assert [len(ax.child_axes) for ax in grid.flat] == [0, 0, 0, 0, 0, 1]
+    fig.draw_without_rendering()
+    left, right = (ax.get_position().x0 for ax in (grid[0, 0], grid[1, 0]))
+    assert left == pytest.approx(right)
     assert titles(grid[0]) == columns and titles(grid[1]) == ["p", "q", ""]
     assert [ax.get_ylabel() for ax in grid[:, 0]] == ["a", "b"]
     assert (fig.get_suptitle(), fig.get_supxlabel()) == ("title", "caption")
@@ -153,6 +156,16 @@ def test_level_lines_and_curves_share_the_dashes():
     )
     with pytest.raises(ValueError, match="at most 7 lines"):
         figures.plot(dict(lines=lines, marks={"level": 2, "other": 3}), title="")
+
+
+def test_a_guide_is_a_line_without_markers_that_the_legend_names():
+    """So the ideal diagonal cannot be taken for data."""
+    diagonal = {"ideal": ([0, 1], [0, 1])}
+    panel = dict(lines={"found": ([0, 1], [0, 2])}, guides=diagonal, style="both")
+    (ax,) = figures.plot(panel, title="").axes
+    (guide,) = (line for line in ax.lines if line.get_label() == "ideal")
+    assert guide.get_marker() == "None" and list(guide.get_ydata()) == [0, 1]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ideal", "found"]
 
 
 def test_a_logarithmic_axis_has_plain_numbers():
