@@ -129,8 +129,8 @@ def draw_curves(
     for label, (x, y) in guides.items():
         ax.plot(x, y, label=label, color="0.6", linewidth=1, zorder=1)
     ax.set(**axis)
-    for one in (ax.xaxis, ax.yaxis):
-        if one.get_scale() == "log":
+    for name, one in (("x", ax.xaxis), ("y", ax.yaxis)):
+        if one.get_scale() == "log" and f"{name}ticklabels" not in axis:
             one.set_major_formatter(Plain())
             one.set_minor_formatter(Plain(minor_thresholds=(1.5, 0.4)))
     ax.title.set_fontsize(9)

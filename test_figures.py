@@ -180,6 +180,16 @@ def test_a_logarithmic_axis_has_plain_numbers():
         assert not any("$" in label.get_text() for label in labels)
 
 
+def test_a_logarithmic_axis_keeps_the_labels_it_is_given():
+    """All of them, and no other: 1, 2, 5 and 25 passes."""
+    k = [1, 2, 5, 25]
+    panel = dict(lines={"a": (k, k)}, xscale="log", xticks=k, xticklabels=k)
+    fig = figures.plot(panel, title="")
+    fig.canvas.draw()
+    labels = fig.axes[0].get_xticklabels(which="both")
+    assert [label.get_text() for label in labels if label.get_text()] == ["1", "2", "5", "25"]
+
+
 def test_panels_stand_side_by_side_each_as_wide_as_asked():
     """Two panels of 3.5 inches make a picture of 7, the width of a page."""
     panel = dict(lines={"a": ([0, 1], [0, 1])})
