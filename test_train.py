@@ -120,11 +120,12 @@ def gradient_of(trainer, batch):
     return torch.cat([p.grad.flatten() for p in trainer.model.parameters()]), loss
 
 
-def test_the_gradient_does_not_depend_on_the_micro_batch_nor_on_recomputation():
+@pytest.mark.parametrize("cond", ["concat", "levels"])
+def test_the_gradient_does_not_depend_on_the_micro_batch_nor_on_recomputation(cond):
     """Micro-batches of 1, 3 and 4 images, and blocks computed again: the same to rounding."""
     gradients = []
     for micro_batch, recompute in ((1, False), (3, False), (4, False), (3, True)):
-        cfg = tiny(micro_batch=micro_batch)
+        cfg = tiny(micro_batch=micro_batch, cond=cond)
         trainer = train.Trainer(cfg, CPU)
         assert recompute_blocks(trainer.model, recompute)
         gradients.append(gradient_of(trainer, whole_batch(cfg))[0])
