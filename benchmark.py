@@ -501,7 +501,12 @@ def parse(argv):
     for name in ("size", "recipe", "channels", "batch_size", "precision"):
         p.add_argument(f"--{name.replace('_', '-')}", **config.argument(config.SETTINGS[name]))
     count = dict(type=int, metavar="N")
-    p.add_argument("--ddim-steps", **count, default=50, help="passes a sample (default 50, §3.2)")
+    p.add_argument(
+        "--ddim-steps",
+        **count,
+        default=50,
+        help="passes a sample (default 50, §3.2; recipe best takes 2 for a mask)",
+    )
     p.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
     p.add_argument("--rounds", **count, default=5, help="timed runs of every job (default 5)")
     p.add_argument("--peers", action="store_true", help="measure other libraries' U-Nets too")

@@ -1,8 +1,9 @@
-r"""How the condition y enters the U-Net (§4.2): added, concatenated, by cross-attention, or not.
+r"""How the condition y enters the U-Net (§4.2): at the input, at every level, by cross-attention.
 
 report                   here               shape
 y                        y                  (B, 1, H, W) in [-1, 1], the X-ray of a mask
 RRDB(y)                  e = embed(y)       (B, features, H, W), once for all steps
+                                            "levels": a list, a map for each level; "none": y
 eps_theta(x_t, y, t)     ConditionalUNet    x_t, t, y -> (B, 1, H, W)
 
 Where an X-ray is drawn from its class and masks, y is conditions.Given: the masks enter like the

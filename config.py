@@ -57,7 +57,7 @@ class Config:
     task: str = setting(None, "X-rays from noise, or masks", "§3, §4.4, §4.5", LEARN, choices=TASKS)
     model: str = setting("diffusion", "diffusion, or a supervised network: X-ray in, mask out",
                          "§4.4, §4.5", LEARN, choices=MODELS)
-    cond: str = setting("concat", "how RRDB(y) enters; lift: x_t convolved first; none: y itself",
+    cond: str = setting("concat", "how RRDB(y) enters; lift: x_t convolved; none: y without it",
                         "§4.2", LEARN,
                         {"synthesis": None, "synthesis given": "concat", "published": None},
                         "network", choices=CONDITIONINGS)
@@ -138,11 +138,11 @@ class Config:
                               SAMPLING, {"best masks ddim": 2, "ncsn": 101}, "diffusion")
     eta: float = setting(0.0, "fresh noise in DDIM; 0: only x_T is random", "[18]",
                          about="diffusion", least=0, most=1)
-    guidance: float = setting(0.0, "w: stresses what is given", "[8]", SAMPLING,
+    guidance: float = setting(0.0, "w of classifier-free guidance", "[8]", SAMPLING,
                               about="diffusion", least=-1, most=100)
     ensemble: int = setting(1, "masks averaged for one X-ray", "§4.3, [1]", SAMPLING,
                             about="diffusion", least=1, most=1000)
-    eval_images: int = setting(512, "images of train and of validation an evaluation samples",
+    eval_images: int = setting(512, "sampled images of train and of validation, always the same",
                                "§4.3", SAMPLING, {"small": 64}, least=2, most=10**6)
     evaluations: int = setting(10, "in a run", "§4.3", None, {"small": 2}, least=1, most=10**6)
     eval_every: int = setting(0, "steps between them; 0: by evaluations", least=0, most=10**12)

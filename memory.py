@@ -1,6 +1,7 @@
 """What a run takes of the memory, and what fits: the micro-batch, recomputation, chunks.
 
-A run's numbers do not depend on what is chosen here, but for rounding.
+A run's numbers do not depend on what is chosen here, but for rounding and the sampler pc, whose
+images depend a little on their batch.
 """
 
 import functools
@@ -192,7 +193,8 @@ def halved_when_memory_runs_out(gradient):
 def in_chunks(function, rows, device, members=1):
     """Yields (chunk of the rows, function(chunk)). The chunks halve when memory runs out.
 
-    No number depends on their size. members: how many samples a row stands for
+    No number depends on their size, but with the sampler pc.
+    members: how many samples a row stands for
     """
     size = max(1, (256 if torch.device(device).type == "cuda" else 32) // members)
     while len(rows):

@@ -4,7 +4,7 @@ A pixel is positive where the mask is above the threshold: 0.5 for masks in [0, 
 0 for the [-1, 1] masks that the diffusion model samples.
 
 Counts of pixels add up over batches, devices and processes. Every number is a function of the four
-sums, so that J = D / (2 - D) holds exactly. The report averaged its ratios over batches, which is
+sums, so that J = D / (2 - D) holds exactly. The report seems to have averaged its ratios, which is
 why its tables miss this by up to 0.001.
 
 A ratio 0/0 is nan: no infected pixel, found or true, is neither a score of 0 nor of 1. MCC's 0/0 is

@@ -3,7 +3,7 @@
 config.json   every setting             curves.png    loss and metrics
 log.jsonl     a line per log            masks.png     or samples.png
 last.pt       go on or sample from here
-best.pt       best validation DICE      table.md      beside the report's table
+best.pt       best on validation        table.md      beside the report's table
 results.json  all numbers               test.md       the table of Test, with --test
 split.csv     how your own images were divided: the run goes on with no other division
 
