@@ -298,13 +298,13 @@ def cost_of_a_step(cfg, device):
 
     batch, one = cfg.batch_size, devices.world()  # an image for each process
     first, trainer = timed(one)
+    peak, trainer = memory.peak_with(trainer, cfg), None  # now: a process may keep what it frees
     if batch == one:
-        return first, memory.peak_with(trainer, cfg)
-    del trainer
+        return first, peak
     n = min(batch, max(2 * one, int(5 * one / first)))
-    seconds, trainer = timed(n)
+    seconds, _ = timed(n)
     an_image = max(0.0, seconds - first) / (n - one)
-    return seconds + (batch - n) * an_image, memory.peak_with(trainer, cfg)
+    return seconds + (batch - n) * an_image, peak
 
 
 # ---------------------------------------- the command
