@@ -155,8 +155,9 @@ def peak_with(trainer, cfg):
 
     trainer  has made steps of fewer images
     """
+    peak = own_peak()  # before planned() makes passes of its own
     plan = planned(trainer, cfg, cfg.batch_size // world())
-    return own_peak() + (plan.micro_batch - trainer.micro_batch) * plan.peak
+    return peak + (plan.micro_batch - trainer.micro_batch) * plan.peak
 
 
 def halved_when_memory_runs_out(gradient):

@@ -232,9 +232,10 @@ def test_free_memory_is_that_of_the_machine(monkeypatch):
 @pytest.mark.parametrize("given, at_once", [(0, 12), (5, 5)])
 def test_a_peak_grows_with_the_images_that_go_at_once(given, at_once, monkeypatch):
     """A process that peaked at 1000 bytes with 2 images: 1.02 * 10 bytes for each image more."""
-    monkeypatch.setattr(memory, "own_peak", lambda: 1000)
+    peaks = [1000]
+    monkeypatch.setattr(memory, "own_peak", lambda: peaks[-1])
     monkeypatch.setattr(memory, "free_memory", lambda device: 10**12)
-    monkeypatch.setattr(memory, "kept_for_backward", lambda model, cfg, device: 10)
+    monkeypatch.setattr(memory, "kept_for_backward", lambda *_: peaks.append(5000) or 10)
     trainer = train.Trainer(tiny(batch_size=2), CPU)
     cfg = tiny(batch_size=12, micro_batch=given)
     assert memory.peak_with(trainer, cfg) == pytest.approx(1000 + (at_once - 2) * 10.2)
