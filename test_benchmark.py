@@ -791,7 +791,7 @@ def test_the_table_of_an_older_result_names_its_preset():
     old = result(measured={"copy, GB/s": 1234.567})
     old["config"] = {name: old["config"][name] for name in ("task", "channels", "batch_size")}
     old["config"] |= dict(preset="small", precision="bf16")
-    head = "| lung, preset small, 4 channels, batch 4, bf16; h, torch t, c | |"
+    head = "| lung, preset small, 4 channels, batch 4, bf16; h, torch t, c |  |"
     assert benchmark.tables(old) == f"{head}\n|---|---|\n| copy, GB/s | 1,235 |"
 
 
