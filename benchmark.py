@@ -241,7 +241,7 @@ def shares_of_a_step(cfg, device, rounds):
     def forward():
         for part in batch.parts(trainer.micro_batch):
             with devices.autocast(cfg, device):
-                trainer.loss(trainer.model, part)
+                trainer.loss(trainer.parallel, part)
 
     jobs = dict(step=partial(trainer.train_step, *images), forward=forward)
     jobs |= dict(batch=partial(batches.batch, cfg, 1, *images))

@@ -51,7 +51,6 @@ from console import (
     refuse_out,
 )
 from diffusion import Purpose, philox
-from tables import spread
 
 # ---------------------------------------- the runs
 
@@ -165,8 +164,8 @@ def table_of_dice(rows):
         apart = (
             f"{row['difference']:+.4f} ± {row['standard error']:.4f}" if "difference" in row else ""
         )
-        cells += [spread(row["DICE"]), apart]
-        cells += [spread(row["outlines"], 2)] if "outlines" in row else []
+        cells += [tables.spread(row["DICE"]), apart]
+        cells += [tables.spread(row["outlines"], 2)] if "outlines" in row else []
         lines.append(map(str, cells))
     return tables.table(names, lines)
 

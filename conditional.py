@@ -69,7 +69,10 @@ class ConditionalUNet(nn.Module):
         size = dict(image_size=image_size, context_channels=tokens)
         self.unet = UNet(in_channels, answers * C, **size, **unet)
         self.lift = nn.Conv2d(C, features, 3, padding=1) if cond == "lift" else None
-        self.encoder = LevelEncoder(features, self.unet) if cond == "levels" else None
+        self.encoder = None
+        if cond == "levels":
+            self.encoder = LevelEncoder(features, self.unet.widths)
+            join_levels(self.unet)
         self.of_class = nn.Embedding(1 + classes, self.unet.emb_channels) if classes else None
 
     def embed(self, y):
@@ -112,19 +115,16 @@ class ConditionalUNet(nn.Module):
 
 
 class LevelEncoder(nn.Module):
-    """RRDB(y) at every level of a U-Net, whose encoder it joins: "levels".
+    """RRDB(y) at every level of a U-Net of these widths, for join_levels: "levels".
 
-    (B, features, H, W) -> a list of (B, C_level, H / 2^level, W / 2^level), which AddLevel adds
-    after the first residual block of each level.
+    (B, features, H, W) -> a list of (B, C_level, H / 2^level, W / 2^level)
     """
 
-    def __init__(self, features, unet):
+    def __init__(self, features, widths):
         super().__init__()
-        first = nn.Conv2d(features, unet.widths[0], 3, padding=1)
-        further = [halving(a, b) for a, b in zip(unet.widths, unet.widths[1:])]
+        first = nn.Conv2d(features, widths[0], 3, padding=1)
+        further = [halving(a, b) for a, b in zip(widths, widths[1:])]
         self.levels = nn.ModuleList([first, *further])
-        for level in range(len(unet.widths)):
-            unet.encoder[level * (unet.blocks + 1)].insert(1, AddLevel(level))
 
     def forward(self, e):
         maps = [e]
@@ -137,6 +137,12 @@ def halving(c_in, c_out):
     """Two convolutions, the first of which halves the image."""
     half = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
     return nn.Sequential(nn.SiLU(), half, nn.SiLU(), nn.Conv2d(c_out, c_out, 3, padding=1))
+
+
+def join_levels(unet):
+    """Lets a U-Net add the map of its level after the first residual block of each level."""
+    for level in range(len(unet.widths)):
+        unet.encoder[level * (unet.blocks + 1)].insert(1, AddLevel(level))
 
 
 def repeated(e, n):

@@ -140,11 +140,11 @@ def planned(trainer, cfg, n):
 def fit_memory(trainer):
     """Choose a trainer's micro-batch and recomputation by the free memory. Returns the words."""
     n = trainer.images
+    if free_memory(trainer.device) is None:
+        words = "images a forward pass (the free memory cannot be told here)"
+        return f"{trainer.micro_batch} {words}"
     plan = planned(trainer, trainer.cfg, n)
     trainer.micro_batch = plan.micro_batch
-    if plan.free is None:
-        words = "images a forward pass (the free memory cannot be told here)"
-        return f"{plan.micro_batch} {words}"
     again = " (blocks computed again)" if plan.recompute else ""
     memory = f"{plan.kept / 1e6:.0f} MB an image{again}, {plan.free / 1e9:.1f} GB free"
     return f"{plan.micro_batch} of {n} images a forward pass; {memory}"
